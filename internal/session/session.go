@@ -1,0 +1,89 @@
+// Package session is a sandbox with a life of its own: it is recorded, made, used
+// by executions, and ended by request, by its lifetime or by loss. The Service owns
+// every goroutine that it starts and waits for them in Close.
+package session
+
+import (
+	"context"
+	"time"
+
+	"github.com/harvest-run/executord/internal/engine"
+)
+
+// Session is the record of one session, as the store keeps it.
+type Session struct {
+	// ID is unique and sorts by time of creation.
+	ID     string
+	State  State
+	Reason EndReason
+	// Detail tells the facts behind Reason.
+	Detail string
+	// Engine and Sandbox say where it lives.
+	Engine  string
+	Sandbox string
+	// Limits are those in force.
+	Limits     engine.Limits
+	Lifetime   time.Duration
+	Labels     map[string]string
+	CreateTime time.Time
+	// EndTime is zero until it ended.
+	EndTime time.Time
+}
+
+// ExpireTime is when its lifetime ends.
+func (s Session) ExpireTime() time.Time { return s.CreateTime.Add(s.Lifetime) }
+
+// State of a session. The order is that of a life: it never goes back.
+type State uint8
+
+// The states.
+const (
+	// Starting: its sandbox is being made.
+	Starting State = iota + 1
+	// Running: its sandbox is ready.
+	Running
+	// Terminating: it is being ended.
+	Terminating
+	// Terminated: Reason says why.
+	Terminated
+)
+
+// EndReason says why a session ended.
+type EndReason string
+
+// The reasons. They are stored by these names, which are those of the API.
+const (
+	Requested     EndReason = "REQUESTED"
+	Expired       EndReason = "EXPIRED"
+	StartFailed   EndReason = "START_FAILED"
+	SandboxLost   EndReason = "SANDBOX_LOST"
+	ServerStopped EndReason = "SERVER_STOPPED"
+)
+
+// DefaultLifetime is what a session gets that says nothing else.
+const DefaultLifetime = 3600 * time.Second
+
+// Store keeps sessions. Every call is durable when it returns nil.
+type Store interface {
+	// InsertSession records a new one; a fault AlreadyExists if the id is taken.
+	InsertSession(ctx context.Context, s Session) error
+	// UpdateSession replaces what can change in a life: State, Reason, Detail,
+	// Engine, Sandbox, Limits, EndTime. A fault NotFound if there is no such session.
+	UpdateSession(ctx context.Context, s Session) error
+	// GetSession reads one; a fault NotFound (SESSION_NOT_FOUND) if there is none.
+	GetSession(ctx context.Context, id string) (Session, error)
+	// ListSessions reads a page, the newest first.
+	ListSessions(ctx context.Context, q Query) ([]Session, error)
+	// UnfinishedSessions reads all that are not Terminated, the oldest first.
+	UnfinishedSessions(ctx context.Context) ([]Session, error)
+}
+
+// Query chooses sessions for a page.
+type Query struct {
+	// Before is the id of the last one of the page before; "" for the first page.
+	Before string
+	// Limit is the most to return; at least 1.
+	Limit int
+	// Terminated includes those that have ended.
+	Terminated bool
+}
