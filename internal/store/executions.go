@@ -1,0 +1,211 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+const (
+	insertExecution = `INSERT INTO executions (id, session, command, limits, retained_bytes, labels,
+		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+
+	// The condition on state keeps a life from going back, whoever writes last.
+	updateExecution = `UPDATE executions SET state = ?1, result = ?2, engine = ?3, sandbox = ?4, limits = ?5,
+		epoch = ?6, sequence = ?7, start_time = ?8, end_time = ?9 WHERE id = ?10 AND state <= ?1`
+
+	selectExecution = `SELECT id, session, command, limits, retained_bytes, labels,
+		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time FROM executions `
+
+	getExecution         = selectExecution + `WHERE id = ?`
+	listExecutions       = selectExecution + `WHERE id < ? ORDER BY id DESC LIMIT ?`
+	listOfSession        = selectExecution + `WHERE session = ? AND session <> '' AND id < ? ORDER BY id DESC LIMIT ?`
+	listInSessions       = selectExecution + `WHERE session <> '' AND id < ? ORDER BY id DESC LIMIT ?`
+	unfinishedExecutions = selectExecution + `WHERE state < 4 ORDER BY id`
+)
+
+// InsertExecution implements execution.Store. Of the command's environment only the
+// names are written, of its source the first 4,096 bytes.
+func (s *Store) InsertExecution(ctx context.Context, e execution.Execution) error {
+	command, err := toJSON("command", storable(e.Command))
+	if err != nil {
+		return fmt.Errorf("insert execution %q: %w", e.ID, err)
+	}
+	changing, err := encodeExecution(e)
+	if err != nil {
+		return fmt.Errorf("insert execution %q: %w", e.ID, err)
+	}
+	labels, err := labelsColumn(e.Labels)
+	if err != nil {
+		return fmt.Errorf("insert execution %q: %w", e.ID, err)
+	}
+	err = s.write(ctx, func(ctx context.Context) error {
+		_, err := s.insertExecution.ExecContext(ctx, e.ID, e.Session, command, changing.limits, e.RetainedBytes, labels,
+			e.Engine, e.Sandbox, e.State, changing.result, e.Epoch, int64(e.Sequence),
+			e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime))
+		return err
+	})
+	if isDuplicate(err) {
+		return fault.New(fault.AlreadyExists, "EXECUTION_EXISTS", "execution %q exists", e.ID)
+	}
+	if err != nil {
+		return fmt.Errorf("insert execution %q: %w", e.ID, err)
+	}
+	return nil
+}
+
+// UpdateExecution implements execution.Store. A fault FailedPrecondition
+// (EXECUTION_ENDED) if it would move State back; nothing is changed then.
+func (s *Store) UpdateExecution(ctx context.Context, e execution.Execution) error {
+	changing, err := encodeExecution(e)
+	if err != nil {
+		return fmt.Errorf("update execution %q: %w", e.ID, err)
+	}
+	err = s.write(ctx, func(ctx context.Context) error {
+		done, err := changed(s.updateExecution.ExecContext(ctx, e.State, changing.result, e.Engine, e.Sandbox, changing.limits,
+			e.Epoch, int64(e.Sequence), timeColumn(e.StartTime), timeColumn(e.EndTime), e.ID))
+		if done || err != nil {
+			return err
+		}
+		var state execution.State
+		if err := s.executionState.QueryRowContext(ctx, e.ID).Scan(&state); err != nil {
+			return err
+		}
+		return fault.New(fault.FailedPrecondition, "EXECUTION_ENDED",
+			"its state %d must not go back to %d", state, e.State)
+	})
+	return executionError("update", e.ID, err)
+}
+
+// GetExecution implements execution.Store.
+func (s *Store) GetExecution(ctx context.Context, id string) (execution.Execution, error) {
+	e, err := scanExecution(s.getExecution.QueryRowContext(ctx, id))
+	return e, executionError("read", id, err)
+}
+
+// ListExecutions implements execution.Store.
+func (s *Store) ListExecutions(ctx context.Context, q execution.Query) ([]execution.Execution, error) {
+	if q.Limit < 1 {
+		return nil, fmt.Errorf("list executions: limit %d is less than 1", q.Limit)
+	}
+	before := q.Before
+	if before == "" {
+		before = afterAll
+	}
+	statement, args := s.listExecutions, []any{before, q.Limit}
+	switch {
+	case q.Session != "":
+		statement, args = s.listOfSession, []any{q.Session, before, q.Limit}
+	case q.InAnySession:
+		statement = s.listInSessions
+	}
+	rows, err := statement.QueryContext(ctx, args...)
+	page, err := collect(rows, err, scanExecution)
+	if err != nil {
+		return nil, fmt.Errorf("list executions: %w", err)
+	}
+	return page, nil
+}
+
+// UnfinishedExecutions implements execution.Store.
+func (s *Store) UnfinishedExecutions(ctx context.Context) ([]execution.Execution, error) {
+	rows, err := s.unfinishedExecutions.QueryContext(ctx)
+	all, err := collect(rows, err, scanExecution)
+	if err != nil {
+		return nil, fmt.Errorf("list unfinished executions: %w", err)
+	}
+	return all, nil
+}
+
+// DeleteExecution implements execution.Store.
+func (s *Store) DeleteExecution(ctx context.Context, id string) error {
+	err := s.write(ctx, func(ctx context.Context) error {
+		done, err := changed(s.deleteExecution.ExecContext(ctx, id))
+		if err == nil && !done {
+			return sql.ErrNoRows
+		}
+		return err
+	})
+	return executionError("delete", id, err)
+}
+
+// executionError says what was being done, and that there is no such execution.
+func executionError(action, id string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, sql.ErrNoRows):
+		return fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "there is no execution %q", id)
+	default:
+		return fmt.Errorf("%s execution %q: %w", action, id, err)
+	}
+}
+
+// executionColumns are the columns that change in a life and need encoding.
+type executionColumns struct {
+	limits string
+	result sql.NullString
+}
+
+func encodeExecution(e execution.Execution) (executionColumns, error) {
+	var columns executionColumns
+	var err error
+	if columns.limits, err = toJSON("limits", e.Limits); err != nil {
+		return columns, err
+	}
+	if e.Result != nil {
+		columns.result.Valid = true
+		columns.result.String, err = toJSON("result", e.Result)
+	}
+	return columns, err
+}
+
+func scanExecution(r row) (execution.Execution, error) {
+	var (
+		e                               execution.Execution
+		command, limits, labels, result sql.NullString
+		sequence, create                int64
+		start, end                      sql.NullInt64
+	)
+	err := r.Scan(&e.ID, &e.Session, &command, &limits, &e.RetainedBytes, &labels,
+		&e.Engine, &e.Sandbox, &e.State, &result, &e.Epoch, &sequence, &create, &start, &end)
+	if err != nil {
+		return execution.Execution{}, err
+	}
+	e.Sequence = uint64(sequence)
+	e.CreateTime = fromTimeColumn(sql.NullInt64{Int64: create, Valid: true})
+	e.StartTime, e.EndTime = fromTimeColumn(start), fromTimeColumn(end)
+	err = errors.Join(
+		fromJSON("command", command, &e.Command),
+		fromJSON("limits", limits, &e.Limits),
+		fromJSON("labels", labels, &e.Labels),
+		fromJSON("result", result, &e.Result),
+	)
+	if err != nil {
+		return execution.Execution{}, fmt.Errorf("execution %q: %w", e.ID, err)
+	}
+	return e, nil
+}
+
+// changed says whether a statement found its row.
+func changed(result sql.Result, err error) (bool, error) {
+	if err != nil {
+		return false, err
+	}
+	n, err := result.RowsAffected()
+	return n > 0, err
+}
+
+// isDuplicate says whether an insert failed because its id is taken.
+func isDuplicate(err error) bool {
+	failure, ok := errors.AsType[*sqlite.Error](err)
+	return ok && failure.Code() == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY
+}
