@@ -1426,13 +1426,24 @@ type Setup struct {
 	Seccomp []byte `protobuf:"bytes,4,opt,name=seccomp,proto3" json:"seccomp,omitempty"`
 	// The capabilities to keep in the bounding set, by number.
 	Capabilities []uint32 `protobuf:"varint,5,rep,packed,name=capabilities,proto3" json:"capabilities,omitempty"`
-	// Index of the descriptor of the sandbox's own cgroup v2 directory, under which
-	// the guest makes one per command; absent where there is none.
+	// Index of the descriptor of the cgroup v2 directory under which the guest makes
+	// one cgroup per command; absent where there is none.
 	CgroupFd *uint32 `protobuf:"varint,6,opt,name=cgroup_fd,json=cgroupFd,proto3,oneof" json:"cgroup_fd,omitempty"`
 	// Where in the new root the guest makes directories for source files.
 	RuntimeDirectory string `protobuf:"bytes,7,opt,name=runtime_directory,json=runtimeDirectory,proto3" json:"runtime_directory,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Index of the descriptor of the bound unix socket on which executord dials; the
+	// guest listens on it, so that it is reachable as long as the guest lives.
+	ListenerFd uint32 `protobuf:"varint,8,opt,name=listener_fd,json=listenerFd,proto3" json:"listener_fd,omitempty"`
+	// Indexes of descriptors of cgroup v1 tasks files, which the thread that starts
+	// programs joins by writing "0".
+	TaskFds []uint32 `protobuf:"varint,9,rep,packed,name=task_fds,json=taskFds,proto3" json:"task_fds,omitempty"`
+	// Indexes of descriptors that only have to stay open as long as the guest lives.
+	HeldFds []uint32 `protobuf:"varint,10,rep,packed,name=held_fds,json=heldFds,proto3" json:"held_fds,omitempty"`
+	// The sandbox's only user and group is root, because the host's user may map no
+	// more. Files of others belong to nobody.
+	SingleUser    bool `protobuf:"varint,11,opt,name=single_user,json=singleUser,proto3" json:"single_user,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Setup) Reset() {
@@ -1512,6 +1523,34 @@ func (x *Setup) GetRuntimeDirectory() string {
 		return x.RuntimeDirectory
 	}
 	return ""
+}
+
+func (x *Setup) GetListenerFd() uint32 {
+	if x != nil {
+		return x.ListenerFd
+	}
+	return 0
+}
+
+func (x *Setup) GetTaskFds() []uint32 {
+	if x != nil {
+		return x.TaskFds
+	}
+	return nil
+}
+
+func (x *Setup) GetHeldFds() []uint32 {
+	if x != nil {
+		return x.HeldFds
+	}
+	return nil
+}
+
+func (x *Setup) GetSingleUser() bool {
+	if x != nil {
+		return x.SingleUser
+	}
+	return false
 }
 
 // Overlay is one overlay file system of the sandbox's root.
@@ -1814,7 +1853,7 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"executions\x18\x02 \x03(\tR\n" +
 	"executions\x12'\n" +
-	"\x0fcommand_cgroups\x18\x03 \x01(\bR\x0ecommandCgroups\"\x92\x02\n" +
+	"\x0fcommand_cgroups\x18\x03 \x01(\bR\x0ecommandCgroups\"\x8a\x03\n" +
 	"\x05Setup\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x125\n" +
 	"\boverlays\x18\x02 \x03(\v2\x19.harvest.guest.v1.OverlayR\boverlays\x12\x1b\n" +
@@ -1822,7 +1861,14 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\aseccomp\x18\x04 \x01(\fR\aseccomp\x12\"\n" +
 	"\fcapabilities\x18\x05 \x03(\rR\fcapabilities\x12 \n" +
 	"\tcgroup_fd\x18\x06 \x01(\rH\x00R\bcgroupFd\x88\x01\x01\x12+\n" +
-	"\x11runtime_directory\x18\a \x01(\tR\x10runtimeDirectoryB\f\n" +
+	"\x11runtime_directory\x18\a \x01(\tR\x10runtimeDirectory\x12\x1f\n" +
+	"\vlistener_fd\x18\b \x01(\rR\n" +
+	"listenerFd\x12\x19\n" +
+	"\btask_fds\x18\t \x03(\rR\ataskFds\x12\x19\n" +
+	"\bheld_fds\x18\n" +
+	" \x03(\rR\aheldFds\x12\x1f\n" +
+	"\vsingle_user\x18\v \x01(\bR\n" +
+	"singleUserB\f\n" +
 	"\n" +
 	"_cgroup_fd\"\xaa\x01\n" +
 	"\aOverlay\x12\x16\n" +

@@ -1,0 +1,328 @@
+package cgroup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Limits bound the commands of one sandbox; zero is no limit.
+type Limits struct {
+	MemoryBytes int64
+	PIDs        int64
+	CPUMillis   int64
+}
+
+// Usage is what the commands of one sandbox used; zero where nobody counted.
+type Usage struct {
+	PeakMemoryBytes int64
+	OOMKills        int64
+	PIDsRefused     int64
+	CPU             time.Duration
+}
+
+// Group is the control groups of one sandbox.
+type Group struct {
+	v1   map[string]string
+	inV2 map[string]bool
+	v2   string // "" if there is no version 2
+}
+
+// In version 2 the guest and the commands have groups of their own.
+const (
+	guestGroup   = "guest"
+	commandGroup = "commands"
+)
+
+// Open returns the groups of a sandbox, whether they exist or not.
+func (h *Host) Open(sandbox string) *Group {
+	g := &Group{v1: make(map[string]string), inV2: h.inV2}
+	for c, dir := range h.v1 {
+		g.v1[c] = filepath.Join(dir, sandbox)
+	}
+	if h.v2 != "" {
+		g.v2 = filepath.Join(h.v2, sandbox)
+	}
+	return g
+}
+
+// Create makes the groups of a sandbox with their limits. owner is the host's user
+// id of the sandbox's root, to whom the guest's part is handed over. On an error
+// nothing is left.
+func (h *Host) Create(sandbox string, limits Limits, owner int) (*Group, error) {
+	g := h.Open(sandbox)
+	if err := g.create(limits, owner); err != nil {
+		return nil, errors.Join(fmt.Errorf("make control groups: %w", err), g.Remove())
+	}
+	return g, nil
+}
+
+func (g *Group) create(limits Limits, owner int) error {
+	made := make(map[string]bool)
+	for _, dir := range g.v1 {
+		if !made[dir] {
+			made[dir] = true
+			if err := os.Mkdir(dir, 0o755); err != nil {
+				return err
+			}
+		}
+	}
+	if g.v2 != "" {
+		if err := g.createV2(owner); err != nil {
+			return err
+		}
+	}
+	return g.limit(limits)
+}
+
+func (g *Group) createV2(owner int) error {
+	for _, dir := range []string{g.v2, filepath.Join(g.v2, guestGroup), filepath.Join(g.v2, commandGroup)} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	for c := range g.inV2 {
+		if err := os.WriteFile(filepath.Join(g.v2, "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
+			return err
+		}
+	}
+	// The guest may make groups for its commands and move what it starts from its own
+	// group into them, which takes the right to the group above both. It may not
+	// change a limit: those files stay root's.
+	for _, path := range []string{commandGroup, commandGroup + "/cgroup.procs", "cgroup.procs", guestGroup + "/cgroup.procs"} {
+		if err := os.Chown(filepath.Join(g.v2, path), owner, owner); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setting is one control file and its text.
+type setting struct {
+	controller, file, text string
+	optional               bool
+}
+
+func (g *Group) limit(l Limits) error {
+	var settings []setting
+	if l.MemoryBytes > 0 {
+		n := strconv.FormatInt(l.MemoryBytes, 10)
+		if g.inV2[Memory] {
+			settings = append(settings, setting{Memory, "memory.max", n, false}, setting{Memory, "memory.swap.max", "0", true})
+		} else {
+			// Without the second, which not every kernel has, a sandbox would swap.
+			settings = append(settings, setting{Memory, "memory.limit_in_bytes", n, false}, setting{Memory, "memory.memsw.limit_in_bytes", n, true})
+		}
+	}
+	if l.PIDs > 0 {
+		n := l.PIDs
+		if !g.inV2[PIDs] {
+			n++ // the guest's thread that starts programs is one of them
+		}
+		settings = append(settings, setting{PIDs, "pids.max", strconv.FormatInt(n, 10), false})
+	}
+	if l.CPUMillis > 0 {
+		quota := strconv.FormatInt(l.CPUMillis*100, 10)
+		if g.inV2[CPU] {
+			settings = append(settings, setting{CPU, "cpu.max", quota + " 100000", false})
+		} else {
+			settings = append(settings, setting{CPU, "cpu.cfs_period_us", "100000", false}, setting{CPU, "cpu.cfs_quota_us", quota, false})
+		}
+	}
+	for _, s := range settings {
+		dir, err := g.dirOf(s.controller)
+		if err != nil {
+			return err
+		}
+		err = os.WriteFile(filepath.Join(dir, s.file), []byte(s.text), 0)
+		if err != nil && !s.optional {
+			return fmt.Errorf("set %s to %s: %w", s.file, s.text, err)
+		}
+	}
+	return nil
+}
+
+// dirOf is the directory in which a controller counts the commands.
+func (g *Group) dirOf(controller string) (string, error) {
+	if g.inV2[controller] {
+		return filepath.Join(g.v2, commandGroup), nil
+	}
+	if dir, ok := g.v1[controller]; ok {
+		return dir, nil
+	}
+	return "", fmt.Errorf("no control group has the %s controller", controller)
+}
+
+// OpenGuest opens the directory into which the guest is cloned; nil without version 2.
+func (g *Group) OpenGuest() (*os.File, error) { return g.openV2(guestGroup) }
+
+// OpenCommands opens the directory in which the guest makes a group for each
+// command; nil without version 2.
+func (g *Group) OpenCommands() (*os.File, error) { return g.openV2(commandGroup) }
+
+func (g *Group) openV2(name string) (*os.File, error) {
+	if g.v2 == "" {
+		return nil, nil
+	}
+	return os.Open(filepath.Join(g.v2, name))
+}
+
+// OpenTasks opens the tasks files of version 1 that the guest's starting thread joins.
+func (g *Group) OpenTasks() ([]*os.File, error) {
+	var files []*os.File
+	opened := make(map[string]bool)
+	for _, dir := range g.v1 {
+		if opened[dir] {
+			continue // two controllers of one hierarchy
+		}
+		opened[dir] = true
+		f, err := os.OpenFile(filepath.Join(dir, "tasks"), os.O_WRONLY, 0)
+		if err != nil {
+			for _, f := range files {
+				f.Close()
+			}
+			return nil, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+// Usage reads what was counted.
+func (g *Group) Usage() Usage {
+	var u Usage
+	if dir, err := g.dirOf(Memory); err == nil {
+		if g.inV2[Memory] {
+			u.PeakMemoryBytes = readNumber(dir, "memory.peak")
+			u.OOMKills = readField(dir, "memory.events", "oom_kill")
+		} else {
+			u.PeakMemoryBytes = readNumber(dir, "memory.max_usage_in_bytes")
+			u.OOMKills = readField(dir, "memory.oom_control", "oom_kill")
+		}
+	}
+	if dir, err := g.dirOf(PIDs); err == nil {
+		u.PIDsRefused = readField(dir, "pids.events", "max")
+	}
+	if g.v2 != "" {
+		u.CPU = time.Duration(readField(filepath.Join(g.v2, commandGroup), "cpu.stat", "usage_usec")) * time.Microsecond
+	}
+	return u
+}
+
+// Processes are those alive, commands only, by the host's ids.
+func (g *Group) Processes() []int {
+	if g.v2 == "" {
+		return nil
+	}
+	return processes(filepath.Join(g.v2, commandGroup))
+}
+
+// Guest is the host's process id of the guest; 0 if it is gone.
+func (g *Group) Guest() int {
+	if g.v2 == "" {
+		return 0
+	}
+	if pids := processes(filepath.Join(g.v2, guestGroup)); len(pids) > 0 {
+		return pids[0]
+	}
+	return 0
+}
+
+// processes collects a group's and those of the groups below.
+func processes(dir string) []int {
+	var pids []int
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Name() == "cgroup.procs" {
+			text, _ := os.ReadFile(path)
+			for field := range strings.FieldsSeq(string(text)) {
+				if pid, err := strconv.Atoi(field); err == nil {
+					pids = append(pids, pid)
+				}
+			}
+		}
+		return nil // a group that went meanwhile has no processes
+	})
+	return pids
+}
+
+// Kill ends every process of the sandbox, the guest included, and returns when the
+// kernel says that none is left.
+func (g *Group) Kill(ctx context.Context) error {
+	if g.v2 == "" {
+		return nil
+	}
+	for pause := 50 * time.Microsecond; ; pause = min(2*pause, 20*time.Millisecond) {
+		// Written again each time: what is being cloned into a group while the first
+		// kill runs is not missed by the next.
+		err := os.WriteFile(filepath.Join(g.v2, "cgroup.kill"), []byte("1"), 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			if _, err := os.Stat(g.v2); errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			g.signalAll()
+		} else if err != nil {
+			return fmt.Errorf("kill control group: %w", err)
+		}
+		if readField(g.v2, "cgroup.events", "populated") == 0 {
+			return nil
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return fmt.Errorf("control group %s still has processes: %w", g.v2, context.Cause(ctx))
+		}
+	}
+}
+
+// signalAll kills one by one where the kernel has no cgroup.kill.
+func (g *Group) signalAll() {
+	for _, pid := range processes(g.v2) {
+		if p, err := os.FindProcess(pid); err == nil {
+			_ = p.Kill()
+			_ = p.Release()
+		}
+	}
+}
+
+// Remove removes the groups; no process may be in them.
+func (g *Group) Remove() error {
+	var errs []error
+	for _, dir := range g.v1 {
+		errs = append(errs, removeAll(dir))
+	}
+	if g.v2 != "" {
+		errs = append(errs, removeAll(g.v2))
+	}
+	return errors.Join(errs...)
+}
+
+func readNumber(dir, file string) int64 {
+	text, err := os.ReadFile(filepath.Join(dir, file))
+	if err != nil {
+		return 0
+	}
+	n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	return n
+}
+
+// readField reads the number behind a name in a file of "name number" lines.
+func readField(dir, file, name string) int64 {
+	text, err := os.ReadFile(filepath.Join(dir, file))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(text)) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if key == name {
+			n, _ := strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+			return n
+		}
+	}
+	return 0
+}

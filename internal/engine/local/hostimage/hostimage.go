@@ -1,0 +1,257 @@
+// Package hostimage makes the local engine's default image out of the host itself,
+// so that nothing has to be downloaded before the first run: the host's /usr,
+// read-only, over a skeleton of empty directories and a synthesised /etc. It is an
+// allow-list: what is not named here (homes, /root, /var, /srv, /mnt, most of /etc)
+// is not in the sandbox.
+package hostimage
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// Image is a root file system in layers that are on this host.
+type Image struct {
+	// ID changes when the skeleton would.
+	ID string
+	// Skeleton is the lowest layer of "/".
+	Skeleton string
+	// Trees are directories of the host that are seen at the same path.
+	Trees []string
+}
+
+// directories of the skeleton and their modes.
+func directories() map[string]fs.FileMode {
+	return map[string]fs.FileMode{
+		"dev": 0o755, "proc": 0o555, "sys": 0o555, "etc": 0o755, "etc/ssl": 0o755, "home": 0o755, "mnt": 0o755, "media": 0o755,
+		"opt": 0o755, "root": 0o700, "run": 0o755, "srv": 0o755, "tmp": 0o777 | fs.ModeSticky, "usr": 0o755,
+		"var": 0o755, "var/cache": 0o755, "var/lib": 0o755, "var/log": 0o755, "var/spool": 0o755,
+		"var/tmp": 0o777 | fs.ModeSticky, "workspace": 0o755,
+	}
+}
+
+// etcCopied are patterns of files and directories of the host's /etc without which
+// programs in /usr do not work, and that name neither people nor secrets.
+func etcCopied() []string {
+	return []string{
+		"alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "debian_version", "fonts", "gai.conf", "inputrc",
+		"java*", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "login.defs", "mailcap", "mime.types", "os-release",
+		"perl", "pki/tls/certs", "pki/ca-trust/extracted", "profile", "protocols", "python3*", "rpc", "services",
+		"ssl/certs", "ssl/openssl.cnf", "terminfo", "timezone", "vim", "xattr.conf",
+	}
+}
+
+// etcNames are the paths under /etc that the host has of etcCopied.
+func etcNames(host string) []string {
+	var names []string
+	for _, pattern := range etcCopied() {
+		found, _ := filepath.Glob(filepath.Join(host, "etc", pattern)) // the patterns are well formed
+		for _, path := range found {
+			names = append(names, strings.TrimPrefix(path, filepath.Join(host, "etc")+"/"))
+		}
+	}
+	return names
+}
+
+// etcWritten are files of /etc that do not come from the host.
+func etcWritten() map[string]string {
+	return map[string]string{
+		"passwd": "root:x:0:0:root:/root:/bin/bash\n" +
+			"daemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n" +
+			"bin:x:2:2:bin:/bin:/usr/sbin/nologin\n" +
+			"www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n" +
+			"sandbox:x:1000:1000:sandbox:/workspace:/bin/bash\n" +
+			"nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+		"group": "root:x:0:\ndaemon:x:1:\nbin:x:2:\nsys:x:3:\ntty:x:5:\ndisk:x:6:\nmail:x:8:\nwww-data:x:33:\nutmp:x:43:\n" +
+			"video:x:44:\nstaff:x:50:\nusers:x:100:\nsandbox:x:1000:\nnogroup:x:65534:\n",
+		"hosts":         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n",
+		"nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\nservices: files\nprotocols: files\n",
+		"resolv.conf":   "",
+		"hostname":      "sandbox\n",
+		"shells":        "/bin/sh\n/bin/bash\n",
+		"host.conf":     "multi on\n",
+	}
+}
+
+// Prepare makes the image under dir, or finds that it is there and still fits the
+// host. host is the host's root, "/" but in tests; extra are further directories of
+// the host to show, read-only layers like /usr.
+func Prepare(dir, host string, extra []string) (*Image, error) {
+	links, trees, err := topLevel(host)
+	if err != nil {
+		return nil, fmt.Errorf("look at the host's root directory: %w", err)
+	}
+	for _, path := range extra {
+		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
+			return nil, fmt.Errorf("extra path %q: must be absolute, clean and not /", path)
+		}
+		if info, err := os.Stat(filepath.Join(host, path)); err != nil || !info.IsDir() {
+			return nil, fmt.Errorf("extra path %q: is not a directory of the host", path)
+		}
+		trees = append(trees, path)
+	}
+	slices.Sort(trees) // parents before what is mounted into them
+	trees = slices.Compact(trees)
+	id := fingerprint(host, links, trees)
+	img := &Image{ID: id, Skeleton: filepath.Join(dir, "host-"+id), Trees: trees}
+	if _, err := os.Stat(img.Skeleton); err == nil {
+		return img, nil
+	}
+	// Made aside and renamed: a skeleton that is there is whole.
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	work, err := os.MkdirTemp(dir, "new-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(work)
+	if err := build(work, host, links, img.Trees); err != nil {
+		return nil, fmt.Errorf("make the skeleton of the host image: %w", err)
+	}
+	if err := os.Chmod(work, 0o755); err != nil {
+		return nil, err
+	}
+	if err := os.Rename(work, img.Skeleton); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	return img, nil
+}
+
+// topLevel finds which of /bin, /lib and their like are links into /usr, to be made
+// again, and which are directories, to be layers of their own beside /usr.
+func topLevel(host string) (links map[string]string, trees []string, err error) {
+	links, trees = make(map[string]string), []string{"/usr"}
+	for _, name := range []string{"bin", "sbin", "lib", "lib32", "lib64", "libx32"} {
+		path := filepath.Join(host, name)
+		info, err := os.Lstat(path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return nil, nil, err
+		case info.Mode()&fs.ModeSymlink != 0:
+			if links[name], err = os.Readlink(path); err != nil {
+				return nil, nil, err
+			}
+		case info.IsDir():
+			trees = append(trees, "/"+name)
+		}
+	}
+	return links, trees, nil
+}
+
+func build(work, host string, links map[string]string, trees []string) error {
+	for name, mode := range directories() {
+		if err := os.MkdirAll(filepath.Join(work, name), 0o755); err != nil {
+			return err
+		}
+		// Not by MkdirAll: the mode must not depend on the umask or on the order.
+		if err := os.Chmod(filepath.Join(work, name), mode); err != nil {
+			return err
+		}
+	}
+	for name, target := range links {
+		if err := os.Symlink(target, filepath.Join(work, name)); err != nil {
+			return err
+		}
+	}
+	for _, tree := range trees {
+		if err := os.MkdirAll(filepath.Join(work, tree), 0o755); err != nil {
+			return err
+		}
+	}
+	for _, name := range etcNames(host) {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(work, "etc", name)), 0o755); err != nil {
+			return err
+		}
+		if err := copyTree(filepath.Join(work, "etc", name), filepath.Join(host, "etc", name)); err != nil {
+			return err
+		}
+	}
+	for name, text := range etcWritten() {
+		if err := os.WriteFile(filepath.Join(work, "etc", name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return os.Symlink("../proc/self/mounts", filepath.Join(work, "etc/mtab"))
+}
+
+// copyTree copies what everybody on the host may read. What is missing, and what is
+// private, is left out.
+func copyTree(to, from string) error {
+	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		target := filepath.Join(to, rel)
+		info, err := d.Info()
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir():
+			return os.MkdirAll(target, 0o755)
+		case info.Mode()&fs.ModeSymlink != 0:
+			link, err := os.Readlink(path)
+			if err != nil {
+				return err
+			}
+			return os.Symlink(link, target)
+		case !info.Mode().IsRegular() || info.Mode().Perm()&0o004 == 0:
+			return nil
+		}
+		return copyFile(target, path, info.Mode().Perm())
+	})
+}
+
+func copyFile(to, from string, mode fs.FileMode) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// fingerprint covers the files that change when software is installed on the host,
+// and the rules of this package.
+func fingerprint(host string, links map[string]string, trees []string) string {
+	h := sha256.New()
+	for _, name := range etcNames(host) {
+		if info, err := os.Lstat(filepath.Join(host, "etc", name)); err == nil {
+			fmt.Fprintf(h, "%s %v %d %d\n", name, info.Mode(), info.Size(), info.ModTime().UnixNano())
+		}
+	}
+	written, dirs := etcWritten(), directories()
+	for _, name := range slices.Sorted(maps.Keys(written)) {
+		fmt.Fprintf(h, "%s %q\n", name, written[name])
+	}
+	for _, name := range slices.Sorted(maps.Keys(dirs)) {
+		fmt.Fprintf(h, "%s %v\n", name, dirs[name])
+	}
+	for _, name := range slices.Sorted(maps.Keys(links)) {
+		fmt.Fprintf(h, "%s -> %s\n", name, links[name])
+	}
+	fmt.Fprintf(h, "%q\n", trees)
+	return hex.EncodeToString(h.Sum(nil))[:16]
+}

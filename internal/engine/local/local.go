@@ -1,0 +1,344 @@
+// Package local is the embedded engine: sandboxes made of Linux namespaces, control
+// groups, overlays and a system call filter, on the machine that executord runs on,
+// with nothing else installed. The guest is started straight into its namespaces
+// and builds its root file system itself; executord only prepares what needs the
+// host's rights. Guests do not die with executord: they are found again by what lies
+// in the state directory.
+//
+// As root every sandbox has a range of user ids of its own and its limits are
+// enforced by control groups. As an ordinary user, where the host allows user
+// namespaces, a sandbox has that one user and no limits; asking for one is refused.
+//
+// The kernel is shared with the host: this isolation is as good as the kernel is.
+package local
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/local/cgroup"
+	"github.com/harvest-run/executord/internal/engine/local/hostimage"
+	"github.com/harvest-run/executord/internal/engine/local/seccomp"
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+// Config says where and how sandboxes are made.
+type Config struct {
+	// StateDir is executord's; the engine uses its "local" directory. It must be on a
+	// file system that overlays can write to (not itself an overlay).
+	StateDir string
+	// Guest is the executor-guest binary.
+	Guest []byte
+	// UIDBase is the first of UIDCount ranges of 65,536 user and group ids of the
+	// host, one for each sandbox that is alive. Used only as root.
+	UIDBase, UIDCount uint32
+	// CgroupParent is the path of the parent control group in every hierarchy; ""
+	// takes the group that this process is in.
+	CgroupParent string
+	// Defaults are the limits of a sandbox whose Spec names none.
+	Defaults engine.Limits
+	// ExtraPaths are further directories of the host that sandboxes see, like /usr.
+	ExtraPaths []string
+	Logger     *slog.Logger
+}
+
+// Engine makes local sandboxes.
+type Engine struct {
+	cfg     Config
+	root    bool // this process may do what takes the host's root
+	dir     string
+	guest   *os.File
+	groups  *cgroup.Host // nil for an ordinary user
+	uids    *uidRanges
+	filter  []byte
+	capable []engine.Capability
+
+	mu        sync.Mutex
+	sandboxes map[string]*sandbox
+	creating  map[string]chan struct{}
+	watchers  sync.WaitGroup
+}
+
+// New prepares the engine and makes one sandbox to see that it can. Its errors say
+// what is missing on this host and how to get it.
+func New(ctx context.Context, cfg Config) (*Engine, error) {
+	e, err := prepare(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := e.trial(ctx); err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
+	e.capable = e.capabilities()
+	return e, nil
+}
+
+// prepare does all of New but the trial.
+func prepare(cfg Config) (*Engine, error) {
+	if len(cfg.Guest) == 0 {
+		return nil, errors.New("the local engine has no executor-guest to start")
+	}
+	e := &Engine{
+		cfg: cfg, root: os.Geteuid() == 0, dir: filepath.Join(cfg.StateDir, "local"),
+		sandboxes: make(map[string]*sandbox), creating: make(map[string]chan struct{}),
+	}
+	for _, d := range []string{e.dir, e.sandboxDir("")} {
+		// 0700, because files of a sandbox's root lie below with the ids of the host's root.
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("make the engine's directory: %w", err)
+		}
+	}
+	var err error
+	if e.guest, err = guestFile(cfg.Guest); err != nil {
+		return nil, err
+	}
+	if e.root {
+		if e.groups, err = cgroup.Find("executord-"+e.key(), cfg.CgroupParent); err != nil {
+			return nil, fmt.Errorf("find control groups: %w", err)
+		}
+		e.uids = &uidRanges{base: cfg.UIDBase, count: cfg.UIDCount}
+	}
+	if e.filter, err = seccomp.Assemble(e.commandGroups()); err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// trial makes a sandbox and ends it.
+func (e *Engine) trial(ctx context.Context) error {
+	// The time bounds a host that hangs; a sandbox takes milliseconds.
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("the first sandbox was not ready within a minute"))
+	defer cancel()
+	sb, err := e.Create(ctx, engine.Spec{ID: "trial-" + e.key()})
+	if err != nil {
+		return fmt.Errorf("this host cannot make local sandboxes: %w%s", err, remedy(err, e.root))
+	}
+	_, err = sb.Terminate(ctx)
+	return err
+}
+
+// key tells the groups of several state directories on one host apart.
+func (e *Engine) key() string {
+	path, err := filepath.Abs(e.cfg.StateDir)
+	if err != nil {
+		path = e.cfg.StateDir
+	}
+	sum := sha256.Sum256([]byte(path))
+	return hex.EncodeToString(sum[:4])
+}
+
+func (e *Engine) sandboxDir(id string) string { return filepath.Join(e.dir, "sandboxes", id) }
+
+// commandGroups says whether the guest can have a control group for each command.
+func (e *Engine) commandGroups() bool {
+	if e.groups == nil {
+		return false
+	}
+	ok, _ := e.groups.CanKill()
+	return ok
+}
+
+// Name is "local".
+func (e *Engine) Name() string { return "local" }
+
+// Isolation is "namespaces": the kernel is shared.
+func (e *Engine) Isolation() string { return "namespaces" }
+
+// Capabilities says what was found on this host.
+func (e *Engine) Capabilities() []engine.Capability { return slices.Clone(e.capable) }
+
+// DefaultLimits are the configured ones, without those that nobody here can enforce.
+func (e *Engine) DefaultLimits() engine.Limits {
+	l := e.cfg.Defaults
+	if ok, _ := e.canLimit(cgroup.Memory); !ok {
+		l.MemoryBytes = 0
+	}
+	if ok, _ := e.canLimit(cgroup.PIDs); !ok {
+		l.PIDs = 0
+	}
+	if ok, _ := e.canLimit(cgroup.CPU); !ok {
+		l.CPUMillis = 0
+	}
+	return l
+}
+
+func (e *Engine) canLimit(controller string) (bool, string) {
+	if e.groups == nil {
+		return false, "executord runs as an ordinary user, who has no control groups"
+	}
+	return e.groups.Can(controller)
+}
+
+// CheckLimits refuses what cannot be enforced.
+func (e *Engine) CheckLimits(l engine.Limits) error {
+	for _, asked := range []struct {
+		field, controller string
+		value             int64
+	}{
+		{"memory_bytes", cgroup.Memory, l.MemoryBytes}, {"pids", cgroup.PIDs, l.PIDs}, {"cpu_millis", cgroup.CPU, l.CPUMillis},
+	} {
+		if asked.value == 0 {
+			continue
+		}
+		if ok, why := e.canLimit(asked.controller); !ok {
+			return fault.New(fault.FailedPrecondition, "LIMIT_NOT_ENFORCEABLE",
+				"limits.%s cannot be enforced on this host: %s; run executord as root, or ask for no such limit", asked.field, why).
+				With("field", "limits."+asked.field)
+		}
+	}
+	return nil
+}
+
+// Create makes a sandbox, or returns the one that has the id.
+func (e *Engine) Create(ctx context.Context, spec engine.Spec) (engine.Sandbox, error) {
+	if err := e.CheckLimits(spec.Limits); err != nil {
+		return nil, err
+	}
+	done, err := e.claim(ctx, spec.ID)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	sb, err := e.open(spec.ID)
+	if fault.KindOf(err) != fault.NotFound {
+		return sb, err
+	}
+	if sb, err = e.create(ctx, spec); err != nil {
+		return nil, fmt.Errorf("make sandbox %s: %w", spec.ID, err)
+	}
+	e.keep(sb)
+	return sb, nil
+}
+
+// claim makes the caller the only one who works on an id, until done is called.
+func (e *Engine) claim(ctx context.Context, id string) (done func(), err error) {
+	for {
+		e.mu.Lock()
+		other, busy := e.creating[id]
+		if !busy {
+			mine := make(chan struct{})
+			e.creating[id] = mine
+			e.mu.Unlock()
+			return func() {
+				e.mu.Lock()
+				delete(e.creating, id)
+				e.mu.Unlock()
+				close(mine)
+			}, nil
+		}
+		e.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// keep remembers a sandbox and watches for its end.
+func (e *Engine) keep(sb *sandbox) {
+	e.mu.Lock()
+	e.sandboxes[sb.id] = sb
+	e.mu.Unlock()
+	e.watchers.Go(sb.watch)
+}
+
+func (e *Engine) forget(sb *sandbox) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.sandboxes[sb.id] == sb {
+		delete(e.sandboxes, sb.id)
+	}
+}
+
+// Open finds a sandbox again.
+func (e *Engine) Open(ctx context.Context, id string) (engine.Sandbox, error) {
+	done, err := e.claim(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	sb, err := e.open(id)
+	if err != nil {
+		return nil, err
+	}
+	return sb, nil
+}
+
+// open returns a sandbox that is known, or that lives since an executord before
+// this one. What is left of one that died is removed.
+func (e *Engine) open(id string) (*sandbox, error) {
+	e.mu.Lock()
+	sb, ok := e.sandboxes[id]
+	e.mu.Unlock()
+	if ok {
+		return sb, nil
+	}
+	sb, err := e.adopt(id)
+	if err != nil {
+		return nil, err
+	}
+	e.keep(sb)
+	return sb, nil
+}
+
+// List names the sandboxes that have a directory or a control group.
+func (e *Engine) List(context.Context) ([]string, error) {
+	entries, err := os.ReadDir(e.sandboxDir(""))
+	if err != nil {
+		return nil, fmt.Errorf("list sandboxes: %w", err)
+	}
+	var ids []string
+	for _, d := range entries {
+		ids = append(ids, d.Name())
+	}
+	if e.groups != nil {
+		names, err := e.groups.List()
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, names...)
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids), nil
+}
+
+// Close gives up following the sandboxes, which go on living.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	for _, sb := range e.sandboxes {
+		sb.process.stopWatching()
+	}
+	e.mu.Unlock()
+	e.watchers.Wait()
+	for _, sb := range e.sandboxes {
+		sb.process.fd.Close()
+	}
+	var errs []error
+	if e.groups != nil {
+		errs = append(errs, e.groups.Close())
+	}
+	return errors.Join(append(errs, e.guest.Close())...)
+}
+
+// image is the root file system of new sandboxes. It is looked at for each one: the
+// host may have got new software since the last.
+func (e *Engine) image() (*hostimage.Image, error) {
+	return hostimage.Prepare(filepath.Join(e.dir, "images"), "/", e.cfg.ExtraPaths)
+}
+
+// notFound is the fault for an id that nothing is left of.
+func notFound(id string) error {
+	return fault.Wrap(fs.ErrNotExist, fault.NotFound, "SANDBOX_NOT_FOUND", "no sandbox %q", id)
+}

@@ -1,0 +1,229 @@
+// Package rootfs builds the root file system of a sandbox from inside its own
+// namespaces, as process 1, and moves into it: overlays over the layers that
+// executord names, then /proc, /dev and /sys of the sandbox's own. Nothing of the
+// host's file system stays reachable that is not a layer. It is linked into the
+// guest: x/sys and the standard library only.
+package rootfs
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"golang.org/x/sys/unix"
+)
+
+// staging is where the new root is put together: a tmpfs that only this mount
+// namespace sees, over a directory that every host has.
+const staging = "/tmp"
+
+// Build makes the root file system that setup describes and makes it the root of
+// the calling process's mount namespace. fds are the descriptors that setup names.
+func Build(setup *guestv1.Setup, fds []int) error {
+	// From here on nothing that is mounted goes back to the host.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	// Paths are opened before the staging tmpfs can hide them.
+	opened := make(map[*guestv1.Layer]int)
+	for _, o := range setup.GetOverlays() {
+		for _, l := range append(o.GetLower(), o.GetWritable()) {
+			if p, ok := l.GetSource().(*guestv1.Layer_Path); ok {
+				fd, err := unix.Open(p.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+				if err != nil {
+					return fmt.Errorf("open layer %q: %w", p.Path, err)
+				}
+				defer unix.Close(fd)
+				opened[l] = fd
+			}
+		}
+	}
+	if err := unix.Mount("tmpfs", staging, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700,size=1m"); err != nil {
+		return fmt.Errorf("mount the staging tmpfs: %w", err)
+	}
+	b := &builder{fds: fds, opened: opened, root: staging + "/root"}
+	if err := os.Mkdir(b.root, 0o755); err != nil {
+		return err
+	}
+	for _, o := range setup.GetOverlays() {
+		if err := b.overlay(o); err != nil {
+			return fmt.Errorf("overlay at %q: %w", o.GetTarget(), err)
+		}
+	}
+	if err := b.kernelFilesystems(setup.GetShmBytes()); err != nil {
+		return err
+	}
+	return b.enter()
+}
+
+type builder struct {
+	fds    []int
+	opened map[*guestv1.Layer]int
+	root   string
+	layers int
+}
+
+// layer makes a layer reachable under a path short enough for many of them to fit
+// into one mount option page.
+func (b *builder) layer(l *guestv1.Layer) (string, error) {
+	if fd, ok := b.opened[l]; ok {
+		return "/proc/self/fd/" + strconv.Itoa(fd), nil
+	}
+	i := int(l.GetMountFd())
+	if i >= len(b.fds) {
+		return "", fmt.Errorf("layer names descriptor %d of %d", i, len(b.fds))
+	}
+	path := staging + "/l" + strconv.Itoa(b.layers)
+	b.layers++
+	if err := os.Mkdir(path, 0o700); err != nil {
+		return "", err
+	}
+	if err := unix.MoveMount(b.fds[i], "", unix.AT_FDCWD, path, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return "", fmt.Errorf("attach layer: %w", err)
+	}
+	unix.Close(b.fds[i])
+	return path, nil
+}
+
+func (b *builder) overlay(o *guestv1.Overlay) error {
+	lower := make([]string, len(o.GetLower()))
+	for i, l := range o.GetLower() {
+		path, err := b.layer(l)
+		if err != nil {
+			return err
+		}
+		lower[i] = path
+	}
+	// userxattr: the only overlay attributes a user namespace may write. volatile: a
+	// sandbox's own layer never has to survive a crash of the host, and without it
+	// its end would wait for a sync of the whole disk.
+	options := "userxattr,lowerdir=" + strings.Join(lower, ":")
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV)
+	if o.GetWritable() == nil {
+		flags |= unix.MS_RDONLY
+	} else {
+		w, err := b.layer(o.GetWritable())
+		if err != nil {
+			return err
+		}
+		dir := filepath.Join(w, o.GetWritableName())
+		options += ",volatile,upperdir=" + dir + "/upper,workdir=" + dir + "/work"
+	}
+	target := filepath.Join(b.root, o.GetTarget())
+	if o.GetWritable() == nil && len(lower) == 1 {
+		// One read-only layer is no overlay, which wants two.
+		if err := unix.Mount(lower[0], target, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("bind: %w", err)
+		}
+		return remountReadOnly(target)
+	}
+	if err := unix.Mount("overlay", target, "overlay", flags, options); err != nil {
+		return fmt.Errorf("mount (%s): %w", options, err)
+	}
+	return nil
+}
+
+// kernelFilesystems mounts /proc, /dev and /sys in the new root.
+func (b *builder) kernelFilesystems(shmBytes uint64) error {
+	const quiet = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	proc, dev, sys := b.root+"/proc", b.root+"/dev", b.root+"/sys"
+	if err := unix.Mount("proc", proc, "proc", quiet, ""); err != nil {
+		return fmt.Errorf("mount /proc: %w", err)
+	}
+	if err := unix.Mount("tmpfs", dev, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0755,size=64k"); err != nil {
+		return fmt.Errorf("mount /dev: %w", err)
+	}
+	for _, name := range []string{"null", "zero", "full", "random", "urandom", "tty"} {
+		node := filepath.Join(dev, name)
+		if err := os.WriteFile(node, nil, 0o666); err != nil {
+			return err
+		}
+		if err := unix.Mount("/dev/"+name, node, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("bind /dev/%s: %w", name, err)
+		}
+	}
+	for _, d := range []string{"pts", "shm"} {
+		if err := os.Mkdir(filepath.Join(dev, d), 0o755); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount("devpts", dev+"/pts", "devpts", unix.MS_NOSUID|unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"); err != nil {
+		return fmt.Errorf("mount /dev/pts: %w", err)
+	}
+	if err := unix.Mount("tmpfs", dev+"/shm", "tmpfs", quiet, "mode=1777,size="+strconv.FormatUint(shmBytes, 10)); err != nil {
+		return fmt.Errorf("mount /dev/shm: %w", err)
+	}
+	for name, target := range map[string]string{
+		"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1",
+		"stderr": "/proc/self/fd/2", "ptmx": "pts/ptmx",
+	} {
+		if err := os.Symlink(target, filepath.Join(dev, name)); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount("sysfs", sys, "sysfs", quiet|unix.MS_RDONLY, ""); err != nil {
+		return fmt.Errorf("mount /sys: %w", err)
+	}
+	return b.mask()
+}
+
+// mask hides what /proc and /sys tell of the host or let a process change.
+func (b *builder) mask() error {
+	for _, name := range []string{"proc/kcore", "proc/keys", "proc/latency_stats", "proc/timer_list", "proc/sched_debug", "proc/sysrq-trigger", "proc/kmsg", "proc/kallsyms", "proc/kpagecount", "proc/kpageflags", "proc/kpagecgroup", "proc/modules"} {
+		err := unix.Mount(b.root+"/dev/null", filepath.Join(b.root, name), "", unix.MS_BIND, "")
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("mask /%s: %w", name, err)
+		}
+	}
+	for _, name := range []string{"proc/acpi", "proc/scsi", "sys/firmware", "sys/fs/bpf", "sys/kernel/debug", "sys/kernel/tracing", "sys/kernel/security", "sys/devices/virtual/powercap"} {
+		err := unix.Mount("tmpfs", filepath.Join(b.root, name), "tmpfs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=0")
+		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTDIR) {
+			return fmt.Errorf("mask /%s: %w", name, err)
+		}
+	}
+	for _, name := range []string{"proc/sys", "proc/bus", "proc/fs", "proc/irq"} {
+		path := filepath.Join(b.root, name)
+		err := unix.Mount(path, path, "", unix.MS_BIND|unix.MS_REC, "")
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("bind /%s: %w", name, err)
+		}
+		if err := remountReadOnly(path); err != nil {
+			return fmt.Errorf("make /%s read-only: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// remountReadOnly keeps the flags that the mount has: a user namespace may not
+// clear those that were set outside of it.
+func remountReadOnly(path string) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(path, &fs); err != nil {
+		return err
+	}
+	keep := uintptr(fs.Flags) & (unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME | unix.MS_NODIRATIME | unix.MS_RELATIME)
+	return unix.Mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|keep, "")
+}
+
+// enter makes the new root the root and lets the old one go.
+func (b *builder) enter() error {
+	if err := os.Chdir(b.root); err != nil {
+		return err
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot into the new root: %w", err)
+	}
+	// The old root lies over the new one at "."; detached, it takes the staging
+	// tmpfs, the layers' mounts and every path of the host with it.
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("let the old root go: %w", err)
+	}
+	return os.Chdir("/")
+}
