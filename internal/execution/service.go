@@ -1,0 +1,383 @@
+package execution
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/eventlog"
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+// Sessions finds the sandboxes of sessions.
+type Sessions interface {
+	// Sandbox returns the running sandbox of a session. Faults: NotFound
+	// (SESSION_NOT_FOUND), FailedPrecondition (SESSION_NOT_RUNNING).
+	Sandbox(ctx context.Context, sessionID string) (engine.Sandbox, error)
+}
+
+// Config says what a Service works with.
+type Config struct {
+	Engine   engine.Engine
+	Store    Store
+	Sessions Sessions
+	// Dir holds the event logs, a directory for each execution.
+	Dir string
+	// DefaultRetainedBytes bounds the log of an execution that says nothing else,
+	// MaxRetainedBytes what it may ask for.
+	DefaultRetainedBytes int64
+	MaxRetainedBytes     int64
+	Logger               *slog.Logger
+}
+
+// Service runs executions.
+type Service struct {
+	cfg    Config
+	log    *slog.Logger
+	logs   *logs
+	guests *guests
+
+	mu       sync.Mutex
+	runs     map[string]*run
+	draining bool
+	closed   bool
+	idle     chan struct{} // closed while nothing runs
+	work     sync.WaitGroup
+}
+
+// ErrClosed ends the Watchers of a Service that was closed.
+var ErrClosed = errors.New("executord is stopping")
+
+// Request asks for an execution.
+type Request struct {
+	// Session is the id of the session to run in; "" for a sandbox of its own.
+	Session string
+	Command Command
+	// Limits of a sandbox of its own.
+	Limits engine.Limits
+	// RetainedBytes bounds the log; 0 for the default.
+	RetainedBytes int64
+	Labels        map[string]string
+}
+
+// Ref names an execution: the id of its session, "" for a one-shot, and its own.
+type Ref struct{ Session, ID string }
+
+// New makes a Service.
+func New(cfg Config) (*Service, error) {
+	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the directory of event logs: %w", err)
+	}
+	idle := make(chan struct{})
+	close(idle)
+	return &Service{
+		cfg: cfg, log: cfg.Logger, logs: newLogs(cfg.Dir), guests: newGuests(),
+		runs: make(map[string]*run), idle: idle,
+	}, nil
+}
+
+// Start records an execution and begins to run it. Once it returns nil the
+// execution exists, whatever happens to executord.
+func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
+	if err := r.Command.Validate(); err != nil {
+		return Execution{}, err
+	}
+	e, sandbox, err := s.plan(ctx, r)
+	if err != nil {
+		return Execution{}, err
+	}
+	command := r.Command.withDefaults()
+	e.Command = command.Stored()
+	handle, err := s.logs.create(e.ID, e.RetainedBytes)
+	if err != nil {
+		return Execution{}, fmt.Errorf("make the event log of %s: %w", e.ID, diskFault(err))
+	}
+	e.Epoch = handle.Epoch()
+	if err := handle.Append(e.CreateTime, eventlog.Entry{Kind: kindStarted}); err != nil {
+		return Execution{}, errors.Join(diskFault(err), handle.discard())
+	}
+	runCtx, run := newRun(s, e, handle, sandbox)
+	if err := s.admit(run); err != nil {
+		return Execution{}, errors.Join(err, handle.discard())
+	}
+	if err := s.cfg.Store.InsertExecution(ctx, e); err != nil {
+		s.dismiss(run)
+		return Execution{}, errors.Join(fmt.Errorf("record %s: %w", e.ID, err), handle.discard())
+	}
+	s.work.Go(func() { run.begin(runCtx, command) })
+	return run.snapshot(), nil
+}
+
+// plan decides what the execution will be.
+func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbox, error) {
+	e := Execution{
+		ID: strings.ToLower(ulid.Make().String()), Session: r.Session, Labels: r.Labels,
+		Engine: s.cfg.Engine.Name(), State: Starting, CreateTime: time.Now(), RetainedBytes: r.RetainedBytes,
+	}
+	if e.RetainedBytes == 0 {
+		e.RetainedBytes = s.cfg.DefaultRetainedBytes
+	}
+	if e.RetainedBytes > s.cfg.MaxRetainedBytes {
+		return e, nil, fault.InvalidField("RETAINED_BYTES", "output_policy.retained_bytes", "%d is more than this server keeps (%d)", e.RetainedBytes, s.cfg.MaxRetainedBytes)
+	}
+	if r.Session == "" {
+		if err := s.cfg.Engine.CheckLimits(r.Limits); err != nil {
+			return e, nil, err
+		}
+		e.Limits = r.Limits.Or(s.cfg.Engine.DefaultLimits())
+		e.Sandbox = sandboxID(e.ID)
+		return e, nil, nil
+	}
+	if r.Limits != (engine.Limits{}) {
+		return e, nil, fault.InvalidField("LIMITS_WITH_PARENT", "limits", "must not be set with a parent: the session's sandbox has its own limits")
+	}
+	sandbox, err := s.cfg.Sessions.Sandbox(ctx, r.Session)
+	if err != nil {
+		return e, nil, err
+	}
+	e.Sandbox, e.Limits = sandbox.ID(), sandbox.Limits()
+	return e, sandbox, nil
+}
+
+// sandboxID names the sandbox of a one-shot after it, so that a sandbox found after
+// a crash says whose it is.
+func sandboxID(executionID string) string { return "e-" + executionID }
+
+// admit takes a run on, unless the Service is stopping.
+func (s *Service) admit(r *run) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining || s.closed {
+		return &fault.Error{
+			Kind: fault.Unavailable, Reason: "SERVER_DRAINING", RetryAfter: time.Second,
+			Message: "executord is stopping and takes no new work",
+		}
+	}
+	s.addLocked(r)
+	return nil
+}
+
+func (s *Service) addLocked(r *run) {
+	if len(s.runs) == 0 {
+		s.idle = make(chan struct{})
+	}
+	s.runs[r.id] = r
+}
+
+// dismiss lets go of a run that ended.
+func (s *Service) dismiss(r *run) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.runs, r.id)
+	if len(s.runs) == 0 {
+		close(s.idle)
+	}
+}
+
+// find returns the run of an execution that has not ended.
+func (s *Service) find(id string) (*run, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, ok := s.runs[id]
+	return r, ok
+}
+
+func (s *Service) all(choose func(*run) bool) []*run {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var some []*run
+	for _, r := range s.runs {
+		if choose(r) {
+			some = append(some, r)
+		}
+	}
+	return some
+}
+
+// Running counts the executions that have not ended.
+func (s *Service) Running() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.runs)
+}
+
+// Get reads an execution. A fault NotFound if there is none of this name.
+func (s *Service) Get(ctx context.Context, ref Ref) (Execution, error) {
+	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
+		return r.snapshot(), nil
+	}
+	e, err := s.cfg.Store.GetExecution(ctx, ref.ID)
+	if err == nil && e.Session != ref.Session {
+		err = fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "no execution %q", ref.ID)
+	}
+	return e, err
+}
+
+// List reads a page of executions, the newest first.
+func (s *Service) List(ctx context.Context, q Query) ([]Execution, error) {
+	page, err := s.cfg.Store.ListExecutions(ctx, q)
+	for i, e := range page {
+		if r, ok := s.find(e.ID); ok {
+			page[i] = r.snapshot()
+		}
+	}
+	return page, err
+}
+
+// Wait returns an execution when it has ended. When ctx ends first it returns the
+// execution as it is, and ctx's cause.
+func (s *Service) Wait(ctx context.Context, ref Ref) (Execution, error) {
+	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
+		err := r.wait(ctx)
+		return r.snapshot(), err
+	}
+	return s.Get(ctx, ref)
+}
+
+// Cancellation says how to end an execution.
+type Cancellation struct {
+	// Grace lies between TERM and KILL; nil for the command's own.
+	Grace *time.Duration
+	// By says who asked.
+	By string
+}
+
+// Cancel ends an execution and returns it when its whole tree is gone. One that has
+// ended is returned as it is. The end goes on when ctx ends first.
+func (s *Service) Cancel(ctx context.Context, ref Ref, c Cancellation) (Execution, error) {
+	r, ok := s.find(ref.ID)
+	if ok && r.session == ref.Session {
+		if c.Grace != nil && (*c.Grace < 0 || *c.Grace > MaxGracePeriod) {
+			return Execution{}, fault.InvalidField("GRACE_PERIOD", "grace_period", "must be 0 to %v, not %v", MaxGracePeriod, *c.Grace)
+		}
+		r.stop(stopOrder{reason: Cancelled, grace: c.Grace, by: c.By, detail: "cancelled by " + c.By})
+	}
+	return s.Wait(ctx, ref)
+}
+
+// EndSession ends every execution of a session with SESSION_ENDED and returns when
+// they have ended.
+func (s *Service) EndSession(ctx context.Context, sessionID string) error {
+	return s.stopAll(ctx, func(r *run) bool { return r.session == sessionID },
+		stopOrder{reason: SessionEnded, detail: "the session was ended"})
+}
+
+// StopAll ends everything that runs with SERVER_STOPPED.
+func (s *Service) StopAll(ctx context.Context) error {
+	return s.stopAll(ctx, func(*run) bool { return true },
+		stopOrder{reason: ServerStopped, detail: "executord was told to end what runs"})
+}
+
+func (s *Service) stopAll(ctx context.Context, choose func(*run) bool, order stopOrder) error {
+	some := s.all(choose)
+	for _, r := range some {
+		r.stop(order)
+	}
+	for _, r := range some {
+		if err := r.wait(ctx); err != nil {
+			return fmt.Errorf("end execution %s: %w", r.id, err)
+		}
+	}
+	return nil
+}
+
+// Delete removes an execution that has ended, with its log.
+func (s *Service) Delete(ctx context.Context, ref Ref) error {
+	e, err := s.Get(ctx, ref)
+	if err != nil {
+		return err
+	}
+	if e.State != Ended {
+		return fault.New(fault.FailedPrecondition, "EXECUTION_NOT_ENDED", "execution %q has not ended; cancel it first", ref.ID)
+	}
+	if r, ok := s.find(ref.ID); ok {
+		// Its end is told and being recorded.
+		if err := r.wait(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.cfg.Store.DeleteExecution(ctx, ref.ID); err != nil {
+		return err
+	}
+	// After the record: a log without one is removed at the next start.
+	return s.logs.remove(ref.ID)
+}
+
+// ReadOutput reads bytes of one stream, "stdout" or "stderr", as far as they are
+// there. io.EOF at their end; a fault OutOfRange (OUTPUT_DROPPED) if they are not
+// kept any more.
+func (s *Service) ReadOutput(ctx context.Context, ref Ref, stream string, offset int64, p []byte) (int, error) {
+	if _, err := s.Get(ctx, ref); err != nil {
+		return 0, err
+	}
+	handle, err := s.logs.open(ref.ID)
+	if err != nil {
+		return 0, err
+	}
+	defer handle.release()
+	which := eventlog.Stdout
+	if stream == "stderr" {
+		which = eventlog.Stderr
+	}
+	n, err := handle.ReadStream(which, offset, p)
+	if dropped, ok := errors.AsType[*eventlog.DroppedError](err); ok {
+		return n, fault.New(fault.OutOfRange, "OUTPUT_DROPPED", "bytes before %d of %s are no longer kept", dropped.First, stream).
+			With("first_offset", fmt.Sprint(dropped.First))
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		return n, fmt.Errorf("read the log of %s: %w", ref.ID, err)
+	}
+	return n, err
+}
+
+// Drain refuses new work from now on and waits until nothing runs.
+func (s *Service) Drain(ctx context.Context) error {
+	s.mu.Lock()
+	s.draining = true
+	idle := s.idle
+	s.mu.Unlock()
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Close stops following what still runs, which goes on in its sandboxes, ends the
+// Watchers and waits for all work.
+func (s *Service) Close() error {
+	s.mu.Lock()
+	s.draining, s.closed = true, true
+	s.mu.Unlock()
+	for _, r := range s.all(func(*run) bool { return true }) {
+		r.cancel(ErrClosed)
+	}
+	s.work.Wait()
+	s.guests.close()
+	return s.logs.close()
+}
+
+// diskFault says that the disk is full in a way a caller can act on.
+func diskFault(err error) error {
+	if isDiskFull(err) {
+		return &fault.Error{
+			Kind: fault.Exhausted, Reason: "DISK_FULL", Err: err, RetryAfter: 10 * time.Second,
+			Message: "the disk under executord's state directory is full",
+		}
+	}
+	return err
+}
+
+// logDir is where the log of an execution lies.
+func logDir(dir, id string) string { return filepath.Join(dir, id) }

@@ -1,0 +1,172 @@
+package execution
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/harvest-run/executord/internal/eventlog"
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+// Cursor is a place in a log: behind the event that carries it.
+type Cursor struct {
+	Epoch    string
+	Sequence uint64
+}
+
+// Event is one entry of a log or a Gap. Exactly one of Started, Output, Gap and
+// Result is set.
+type Event struct {
+	Cursor  Cursor
+	Time    time.Time
+	Started *Started
+	Output  *Output
+	Gap     *Gap
+	Result  *Result
+}
+
+// Started opens every log.
+type Started struct{ Execution Ref }
+
+// Output is a piece of one stream. Data is never changed afterwards.
+type Output struct {
+	// Stream is "stdout" or "stderr".
+	Stream string
+	Offset int64
+	Data   []byte
+}
+
+// Gap says that something is missing.
+type Gap struct {
+	Reason GapReason
+	// MissingEvents is 0 if it is not known.
+	MissingEvents uint64
+	// Resume says where each stream goes on.
+	Resume []StreamPosition
+}
+
+// StreamPosition is a place in a stream.
+type StreamPosition struct {
+	Stream string
+	Offset int64
+}
+
+// GapReason says why something is missing. The names are those of the API.
+type GapReason string
+
+// The reasons of gaps.
+const (
+	GapRetention    GapReason = "RETENTION"
+	GapEpochChanged GapReason = "EPOCH_CHANGED"
+	GapDamaged      GapReason = "DAMAGED"
+)
+
+// Watcher follows one log at its own pace. It is for one goroutine.
+type Watcher struct {
+	ref    Ref
+	log    *logHandle
+	reader *eventlog.Reader
+	cursor Cursor
+	first  *Event // to be told before what the reader has
+	ended  bool
+}
+
+// Watch follows an execution from behind a cursor on; nil is the log's start. A
+// fault OutOfRange (CURSOR_IN_FUTURE) if the log has not got there.
+func (s *Service) Watch(ctx context.Context, ref Ref, after *Cursor) (*Watcher, error) {
+	if _, err := s.Get(ctx, ref); err != nil {
+		return nil, err
+	}
+	handle, err := s.logs.open(ref.ID)
+	if err != nil {
+		return nil, err
+	}
+	w := &Watcher{ref: ref, log: handle, cursor: Cursor{Epoch: handle.Epoch()}}
+	switch {
+	case after == nil:
+	case after.Epoch != handle.Epoch():
+		w.first = &Event{Cursor: w.cursor, Time: time.Now(), Gap: &Gap{Reason: GapEpochChanged, Resume: []StreamPosition{{"stdout", 0}, {"stderr", 0}}}}
+	case after.Sequence > handle.Sequence():
+		defer handle.release()
+		return nil, fault.New(fault.OutOfRange, "CURSOR_IN_FUTURE", "the log of execution %q has %d events, the cursor is at %d", ref.ID, handle.Sequence(), after.Sequence).
+			With("sequence", fmt.Sprint(handle.Sequence()))
+	default:
+		w.cursor.Sequence = after.Sequence
+	}
+	w.reader = handle.NewReader(w.cursor.Sequence)
+	return w, nil
+}
+
+// Next returns the next event, waiting for it. io.EOF comes after the result;
+// ErrClosed when the Service is closed; ctx's cause when ctx ends, after which Next
+// may be called again.
+func (w *Watcher) Next(ctx context.Context) (Event, error) {
+	if w.first != nil {
+		e := *w.first
+		w.first = nil
+		return e, nil
+	}
+	if w.ended {
+		return Event{}, io.EOF
+	}
+	for {
+		rec, err := w.reader.Next(ctx)
+		if errors.Is(err, eventlog.ErrClosed) {
+			return Event{}, ErrClosed
+		}
+		if err != nil {
+			return Event{}, err
+		}
+		e := Event{Cursor: Cursor{w.cursor.Epoch, rec.Sequence}, Time: rec.Time}
+		switch {
+		case rec.Gap != nil:
+			e.Gap = gapOf(rec.Gap)
+		case rec.Kind == eventlog.KindOutput:
+			e.Output = &Output{Stream: streamName(rec.Stream), Offset: rec.Offset, Data: rec.Data}
+		case rec.Kind == kindStarted:
+			e.Started = &Started{Execution: w.ref}
+		case rec.Kind == kindResult:
+			if e.Result, err = decodeResult(rec.Data); err != nil {
+				return Event{}, err
+			}
+			w.ended = true
+		default:
+			continue // written by a later executord
+		}
+		w.cursor = e.Cursor
+		return e, nil
+	}
+}
+
+// Cursor is that of the last event told.
+func (w *Watcher) Cursor() Cursor { return w.cursor }
+
+// LastEventTime is when something was last added to the log.
+func (w *Watcher) LastEventTime() time.Time { return w.log.LastTime() }
+
+// Close gives the log up.
+func (w *Watcher) Close() {
+	_ = w.reader.Close()
+	w.log.release()
+}
+
+func gapOf(g *eventlog.Gap) *Gap {
+	out := &Gap{
+		Reason: GapRetention, MissingEvents: g.MissingEvents,
+		Resume: []StreamPosition{{"stdout", g.Resume[0]}, {"stderr", g.Resume[1]}},
+	}
+	if g.Reason == eventlog.GapDamaged {
+		out.Reason = GapDamaged
+	}
+	return out
+}
+
+func streamName(s eventlog.Stream) string {
+	if s == eventlog.Stderr {
+		return "stderr"
+	}
+	return "stdout"
+}

@@ -1,0 +1,256 @@
+package session
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+// Executions ends what runs in a session.
+type Executions interface {
+	// EndSession ends all executions of a session and returns when they have ended.
+	EndSession(ctx context.Context, sessionID string) error
+}
+
+// Config says what a Service works with.
+type Config struct {
+	Engine engine.Engine
+	Store  Store
+	Logger *slog.Logger
+}
+
+// Service keeps sessions.
+type Service struct {
+	cfg Config
+	log *slog.Logger
+
+	mu         sync.Mutex
+	executions Executions
+	live       map[string]*live
+	draining   bool
+	work       sync.WaitGroup
+}
+
+// Request asks for a session.
+type Request struct {
+	Limits engine.Limits
+	// Lifetime is counted from the creation; 0 stands for DefaultLifetime.
+	Lifetime time.Duration
+	Labels   map[string]string
+}
+
+// MaxLifetime is the most that may be asked for.
+const MaxLifetime = 30 * 24 * time.Hour
+
+const (
+	// sandboxTime bounds the making and the ending of a sandbox.
+	sandboxTime = 2 * time.Minute
+	// endTime bounds the ending of a session with all that runs in it: the longest
+	// grace period and a sandbox's end.
+	endTime = 15 * time.Minute
+)
+
+// errClosed is why a session's leading goroutine ends when the Service is closed.
+var errClosed = errors.New("executord is stopping")
+
+// New makes a Service. SetExecutions must be called before it is used.
+func New(cfg Config) (*Service, error) {
+	return &Service{cfg: cfg, log: cfg.Logger, live: make(map[string]*live)}, nil
+}
+
+// SetExecutions completes the Service: executions need sessions and sessions need
+// executions, so one of them is told of the other later.
+func (s *Service) SetExecutions(e Executions) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.executions = e
+}
+
+// Create records a session and begins to make its sandbox.
+func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
+	if r.Lifetime < 0 || r.Lifetime > MaxLifetime {
+		return Session{}, fault.InvalidField("LIFETIME", "lifetime", "must be up to %v, not %v", MaxLifetime, r.Lifetime)
+	}
+	if r.Lifetime == 0 {
+		r.Lifetime = DefaultLifetime
+	}
+	if err := s.cfg.Engine.CheckLimits(r.Limits); err != nil {
+		return Session{}, err
+	}
+	id := strings.ToLower(ulid.Make().String())
+	record := Session{
+		ID: id, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id),
+		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: time.Now(),
+	}
+	runCtx, l := newLive(s, record)
+	if err := s.admit(l); err != nil {
+		return Session{}, err
+	}
+	if err := s.cfg.Store.InsertSession(ctx, record); err != nil {
+		s.dismiss(l)
+		return Session{}, fmt.Errorf("record session %s: %w", id, err)
+	}
+	s.work.Go(func() { l.lead(runCtx) })
+	return record, nil
+}
+
+// sandboxID names the sandbox of a session after it.
+func sandboxID(sessionID string) string { return "s-" + sessionID }
+
+func (s *Service) admit(l *live) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.draining {
+		return &fault.Error{
+			Kind: fault.Unavailable, Reason: "SERVER_DRAINING", RetryAfter: time.Second,
+			Message: "executord is stopping and takes no new work",
+		}
+	}
+	s.live[l.id] = l
+	return nil
+}
+
+func (s *Service) dismiss(l *live) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.live, l.id)
+}
+
+func (s *Service) find(id string) (*live, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l, ok := s.live[id]
+	return l, ok
+}
+
+// Recover takes up the sessions that an executord before this one left.
+func (s *Service) Recover(ctx context.Context) error {
+	unfinished, err := s.cfg.Store.UnfinishedSessions(ctx)
+	if err != nil {
+		return fmt.Errorf("read unfinished sessions: %w", err)
+	}
+	for _, record := range unfinished {
+		runCtx, l := newLive(s, record)
+		l.reopen(ctx)
+		s.mu.Lock()
+		s.live[l.id] = l
+		s.mu.Unlock()
+		s.work.Go(func() { l.lead(runCtx) })
+	}
+	return nil
+}
+
+// Get reads a session. A fault NotFound if there is none.
+func (s *Service) Get(ctx context.Context, id string) (Session, error) {
+	if l, ok := s.find(id); ok {
+		return l.snapshot(), nil
+	}
+	return s.cfg.Store.GetSession(ctx, id)
+}
+
+// WaitStarted returns a session when it has left Starting. When ctx ends first it
+// returns the session as it is, and ctx's cause.
+func (s *Service) WaitStarted(ctx context.Context, id string) (Session, error) {
+	if l, ok := s.find(id); ok {
+		err := l.wait(ctx, l.started)
+		return l.snapshot(), err
+	}
+	return s.Get(ctx, id)
+}
+
+// List reads a page of sessions, the newest first.
+func (s *Service) List(ctx context.Context, q Query) ([]Session, error) {
+	page, err := s.cfg.Store.ListSessions(ctx, q)
+	for i, record := range page {
+		if l, ok := s.find(record.ID); ok {
+			page[i] = l.snapshot()
+		}
+	}
+	return page, err
+}
+
+// Terminate ends a session and returns it when everything of it is gone. One that
+// has ended is returned as it is. The end goes on when ctx ends first.
+func (s *Service) Terminate(ctx context.Context, id, requester string) (Session, error) {
+	l, ok := s.find(id)
+	if !ok {
+		return s.Get(ctx, id)
+	}
+	l.end(Requested, "terminated by "+requester)
+	err := l.wait(ctx, l.ended)
+	return l.snapshot(), err
+}
+
+// Sandbox returns the sandbox of a running session.
+func (s *Service) Sandbox(ctx context.Context, id string) (engine.Sandbox, error) {
+	if l, ok := s.find(id); ok {
+		return l.running()
+	}
+	record, err := s.cfg.Store.GetSession(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return nil, notRunning(record)
+}
+
+func notRunning(record Session) error {
+	why := map[State]string{
+		Starting: "is being started; wait for it", Terminating: "is being ended", Terminated: "has ended (" + string(record.Reason) + ")",
+	}[record.State]
+	return fault.New(fault.FailedPrecondition, "SESSION_NOT_RUNNING", "session %q %s", record.ID, why)
+}
+
+// Running counts the sessions that have not ended.
+func (s *Service) Running() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.live)
+}
+
+// Drain refuses new sessions from now on.
+func (s *Service) Drain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.draining = true
+}
+
+// StopAll ends every session with SERVER_STOPPED.
+func (s *Service) StopAll(ctx context.Context) error {
+	s.mu.Lock()
+	var all []*live
+	for _, l := range s.live {
+		all = append(all, l)
+	}
+	s.mu.Unlock()
+	for _, l := range all {
+		l.end(ServerStopped, "executord was told to end what runs")
+	}
+	for _, l := range all {
+		if err := l.wait(ctx, l.ended); err != nil {
+			return fmt.Errorf("end session %s: %w", l.id, err)
+		}
+	}
+	return nil
+}
+
+// Close stops following the sessions, whose sandboxes go on living, and waits for
+// all work.
+func (s *Service) Close() error {
+	s.mu.Lock()
+	s.draining = true
+	for _, l := range s.live {
+		l.cancel(errClosed)
+	}
+	s.mu.Unlock()
+	s.work.Wait()
+	return nil
+}
