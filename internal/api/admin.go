@@ -1,0 +1,73 @@
+package api
+
+import (
+	"context"
+	"time"
+
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/engine"
+)
+
+// Info knows the server as a whole. The daemon is meant.
+type Info interface {
+	ServerInfo(ctx context.Context) (ServerInfo, error)
+}
+
+// ServerInfo is what GetServerInfo tells.
+type ServerInfo struct {
+	// Version of executord and GoVersion that built it.
+	Version   string
+	GoVersion string
+	// StartTime is when the process started.
+	StartTime time.Time
+	// Engines are those that make sandboxes, the default one first.
+	Engines []EngineInfo
+	// RunningExecutions and RunningSessions have not ended.
+	RunningExecutions int
+	RunningSessions   int
+	// Draining is true once new work is refused.
+	Draining bool
+	// DefaultLimits are those of a request that names none.
+	DefaultLimits engine.Limits
+}
+
+// EngineInfo describes one engine.
+type EngineInfo struct {
+	Name         string
+	Isolation    string
+	Capabilities []engine.Capability
+	// Sandboxes that are alive.
+	Sandboxes int
+}
+
+// adminService implements the AdminService.
+type adminService struct {
+	executorv1.UnimplementedAdminServiceServer
+	info Info
+}
+
+func (s *adminService) GetServerInfo(ctx context.Context, _ *executorv1.GetServerInfoRequest) (*executorv1.GetServerInfoResponse, error) {
+	info, err := s.info.ServerInfo(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := &executorv1.GetServerInfoResponse{
+		Version:           info.Version,
+		GoVersion:         info.GoVersion,
+		StartTime:         timestamp(info.StartTime),
+		RunningExecutions: int64(info.RunningExecutions),
+		RunningSessions:   int64(info.RunningSessions),
+		Draining:          info.Draining,
+		DefaultLimits:     limitsProto(info.DefaultLimits),
+	}
+	for _, e := range info.Engines {
+		described := &executorv1.Engine{Name: e.Name, Isolation: e.Isolation, Sandboxes: int64(e.Sandboxes)}
+		for _, c := range e.Capabilities {
+			described.Capabilities = append(described.Capabilities, &executorv1.Capability{
+				Name: text(c.Name), Available: c.Available, Detail: text(c.Detail), Remedy: text(c.Remedy),
+			})
+		}
+		resp.Engines = append(resp.Engines, described)
+	}
+	return resp, nil
+}

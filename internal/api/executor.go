@@ -1,0 +1,197 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/execution"
+	"google.golang.org/grpc/peer"
+)
+
+// Executions runs commands. execution.Service is meant.
+type Executions interface {
+	// Start records a new one; it is durable when Start returns.
+	Start(ctx context.Context, r execution.Request) (execution.Execution, error)
+	// Get reads one.
+	Get(ctx context.Context, ref execution.Ref) (execution.Execution, error)
+	// List reads a page.
+	List(ctx context.Context, q execution.Query) ([]execution.Execution, error)
+	// Wait returns one when it has ended. When ctx ends first it returns it as it is,
+	// and ctx's cause.
+	Wait(ctx context.Context, ref execution.Ref) (execution.Execution, error)
+	// Watch reads its log behind after, from the start if that is nil.
+	Watch(ctx context.Context, ref execution.Ref, after *execution.Cursor) (Watcher, error)
+	// ReadOutput reads bytes of "stdout" or "stderr" as far as they exist now; io.EOF
+	// at the end of them.
+	ReadOutput(ctx context.Context, ref execution.Ref, stream string, offset int64, p []byte) (int, error)
+	// Cancel ends one and returns it when its tree is gone. When ctx ends first the
+	// ending goes on.
+	Cancel(ctx context.Context, ref execution.Ref, c execution.Cancellation) (execution.Execution, error)
+	// Delete deletes an ended one.
+	Delete(ctx context.Context, ref execution.Ref) error
+}
+
+// Watcher reads the events of one execution. It is used by one goroutine.
+type Watcher interface {
+	// Next waits for the next event. It returns io.EOF after the result, and the cause
+	// of ctx when that ends; then it can be called again.
+	Next(ctx context.Context) (execution.Event, error)
+	// Cursor is that of the last event told.
+	Cursor() execution.Cursor
+	// LastEventTime is when something was last added to the log.
+	LastEventTime() time.Time
+	// Close releases it.
+	Close()
+}
+
+// defaultWait is how long WaitExecution waits that says nothing else.
+const defaultWait = 60 * time.Second
+
+// errWaited is the cause when the time that a caller wants to wait has passed.
+var errWaited = errors.New("the time to wait has passed")
+
+// executorService implements the ExecutorService: its unary RPCs here, its streams in
+// watch.go.
+type executorService struct {
+	executorv1.UnimplementedExecutorServiceServer
+	executions Executions
+	tokens     *pageTokens
+	senders    *senders
+}
+
+func (s *executorService) StartExecution(ctx context.Context, req *executorv1.StartExecutionRequest) (*executorv1.StartExecutionResponse, error) {
+	request, err := newRequest(req)
+	if err != nil {
+		return nil, err
+	}
+	e, err := s.executions.Start(ctx, request)
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.StartExecutionResponse{Execution: executionProto(e)}, nil
+}
+
+func (s *executorService) WaitExecution(ctx context.Context, req *executorv1.WaitExecutionRequest) (*executorv1.WaitExecutionResponse, error) {
+	ref, err := parseExecutionName(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	timeout := defaultWait
+	if req.GetTimeout() != nil {
+		if timeout, err = duration("timeout", req.GetTimeout()); err != nil {
+			return nil, err
+		}
+	}
+	var e execution.Execution
+	if timeout == 0 {
+		e, err = s.executions.Get(ctx, ref)
+	} else {
+		wait, cancel := context.WithTimeoutCause(ctx, timeout, errWaited)
+		defer cancel()
+		if e, err = s.executions.Wait(wait, ref); waited(ctx, wait, err) {
+			err = nil
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.WaitExecutionResponse{Execution: executionProto(e)}, nil
+}
+
+// waited says whether err means that the time to wait, wait's, has passed and that
+// the call's, ctx's, has not.
+func waited(ctx, wait context.Context, err error) bool {
+	return err != nil && ctx.Err() == nil && wait.Err() != nil &&
+		(errors.Is(err, errWaited) || errors.Is(err, context.DeadlineExceeded))
+}
+
+func (s *executorService) GetExecution(ctx context.Context, req *executorv1.GetExecutionRequest) (*executorv1.GetExecutionResponse, error) {
+	ref, err := parseExecutionName(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	e, err := s.executions.Get(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.GetExecutionResponse{Execution: executionProto(e)}, nil
+}
+
+func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.ListExecutionsRequest) (*executorv1.ListExecutionsResponse, error) {
+	listing := "ListExecutions " + req.GetParent()
+	before, err := s.tokens.decode(listing, req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	size := pageSize(req.GetPageSize())
+	query := execution.Query{Before: before, Limit: size + 1}
+	if req.GetParent() == anySession {
+		query.InAnySession = true
+	} else if query.Session, err = parseParent(req.GetParent()); err != nil {
+		return nil, err
+	}
+	found, err := s.executions.List(ctx, query)
+	if err != nil {
+		return nil, err
+	}
+	page, next := cutPage(found, size, func(last execution.Execution) string {
+		return s.tokens.encode(listing, last.ID)
+	})
+	resp := &executorv1.ListExecutionsResponse{
+		Executions:    make([]*executorv1.Execution, len(page)),
+		NextPageToken: next,
+	}
+	for i, e := range page {
+		resp.Executions[i] = executionProto(e)
+	}
+	return resp, nil
+}
+
+func (s *executorService) CancelExecution(ctx context.Context, req *executorv1.CancelExecutionRequest) (*executorv1.CancelExecutionResponse, error) {
+	ref, err := parseExecutionName(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	cancellation := execution.Cancellation{By: requester(ctx, req.GetRequester())}
+	if req.GetGracePeriod() != nil {
+		grace, err := duration("grace_period", req.GetGracePeriod())
+		if err != nil {
+			return nil, err
+		}
+		cancellation.Grace = &grace
+	}
+	e, err := s.executions.Cancel(ctx, ref, cancellation)
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.CancelExecutionResponse{Execution: executionProto(e)}, nil
+}
+
+func (s *executorService) DeleteExecution(ctx context.Context, req *executorv1.DeleteExecutionRequest) (*executorv1.DeleteExecutionResponse, error) {
+	ref, err := parseExecutionName(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.executions.Delete(ctx, ref); err != nil {
+		return nil, err
+	}
+	return &executorv1.DeleteExecutionResponse{}, nil
+}
+
+// requester says who asks: in their own words, and from which address.
+func requester(ctx context.Context, name string) string {
+	if name == "" {
+		name = "unnamed caller"
+	}
+	address := "unknown address"
+	if p, ok := peer.FromContext(ctx); ok {
+		if address = p.Addr.String(); address == "" || address == "@" {
+			// The client's end of a unix socket has no name.
+			address = p.Addr.Network() + " socket"
+		}
+	}
+	return fmt.Sprintf("%s (%s)", name, address)
+}

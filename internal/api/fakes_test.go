@@ -1,0 +1,584 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/session"
+	"go.uber.org/goleak"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// fakeExecutions keeps executions in memory; tests write their logs.
+type fakeExecutions struct {
+	mu   sync.Mutex
+	logs map[execution.Ref]*fakeLog
+	// requests are those that Start got, cancellations those that Cancel got, queries
+	// those that List got.
+	requests      []execution.Request
+	cancellations []execution.Cancellation
+	queries       []execution.Query
+	// watchers counts those that are open.
+	watchers int
+	// onStart writes the log of a new execution; nil leaves it empty.
+	onStart func(*fakeLog)
+	// hook is called first by each method; its error is returned.
+	hook func(ctx context.Context, method string) error
+}
+
+func (f *fakeExecutions) before(ctx context.Context, method string) error {
+	if f.hook != nil {
+		return f.hook(ctx, method)
+	}
+	return nil
+}
+
+// add makes an execution with an empty log.
+func (f *fakeExecutions) add(e execution.Execution) *fakeLog {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	l := &fakeLog{ref: execution.Ref{Session: e.Session, ID: e.ID}, record: e, changed: make(chan struct{})}
+	if f.logs == nil {
+		f.logs = make(map[execution.Ref]*fakeLog)
+	}
+	f.logs[l.ref] = l
+	return l
+}
+
+func (f *fakeExecutions) log(ref execution.Ref) (*fakeLog, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if l, ok := f.logs[ref]; ok {
+		return l, nil
+	}
+	return nil, fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "execution %q does not exist", ref.ID)
+}
+
+func (f *fakeExecutions) openWatchers() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.watchers
+}
+
+func (f *fakeExecutions) Start(ctx context.Context, r execution.Request) (execution.Execution, error) {
+	if err := f.before(ctx, "Start"); err != nil {
+		return execution.Execution{}, err
+	}
+	f.mu.Lock()
+	f.requests = append(f.requests, r)
+	f.mu.Unlock()
+	e := execution.Execution{
+		ID: "new", Session: r.Session, Command: r.Command, Limits: r.Limits, Labels: r.Labels,
+		RetainedBytes: r.RetainedBytes, State: execution.Starting, CreateTime: time.Unix(1, 0),
+	}
+	l := f.add(e)
+	if f.onStart != nil {
+		f.onStart(l)
+	}
+	return e, nil
+}
+
+func (f *fakeExecutions) lastRequest(t *testing.T) execution.Request {
+	t.Helper()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if len(f.requests) == 0 {
+		t.Fatal("nothing was started")
+	}
+	return f.requests[len(f.requests)-1]
+}
+
+func (f *fakeExecutions) Get(ctx context.Context, ref execution.Ref) (execution.Execution, error) {
+	if err := f.before(ctx, "Get"); err != nil {
+		return execution.Execution{}, err
+	}
+	l, err := f.log(ref)
+	if err != nil {
+		return execution.Execution{}, err
+	}
+	return l.read(), nil
+}
+
+func (f *fakeExecutions) List(ctx context.Context, q execution.Query) ([]execution.Execution, error) {
+	if err := f.before(ctx, "List"); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.queries = append(f.queries, q)
+	var found []execution.Execution
+	for ref, l := range f.logs {
+		switch {
+		case q.Before != "" && ref.ID >= q.Before,
+			q.Session != "" && ref.Session != q.Session,
+			q.InAnySession && ref.Session == "":
+		default:
+			found = append(found, l.record)
+		}
+	}
+	slices.SortFunc(found, func(a, b execution.Execution) int { return -compare(a.ID, b.ID) })
+	return found[:min(len(found), q.Limit)], nil
+}
+
+func compare(a, b string) int { return bytes.Compare([]byte(a), []byte(b)) }
+
+func (f *fakeExecutions) Wait(ctx context.Context, ref execution.Ref) (execution.Execution, error) {
+	if err := f.before(ctx, "Wait"); err != nil {
+		return execution.Execution{}, err
+	}
+	l, err := f.log(ref)
+	if err != nil {
+		return execution.Execution{}, err
+	}
+	for {
+		_, changed := l.from(0)
+		if e := l.read(); e.State == execution.Ended {
+			return e, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return l.read(), context.Cause(ctx)
+		}
+	}
+}
+
+func (f *fakeExecutions) Watch(ctx context.Context, ref execution.Ref, after *execution.Cursor) (Watcher, error) {
+	if err := f.before(ctx, "Watch"); err != nil {
+		return nil, err
+	}
+	l, err := f.log(ref)
+	if err != nil {
+		return nil, err
+	}
+	w := &fakeWatcher{log: l, fake: f}
+	if after != nil {
+		w.position = int(after.Sequence)
+		w.cursor = *after
+	}
+	if events, _ := l.from(0); w.position > len(events) {
+		return nil, fault.New(fault.OutOfRange, "CURSOR_IN_FUTURE", "the log has %d events", len(events))
+	}
+	f.mu.Lock()
+	f.watchers++
+	f.mu.Unlock()
+	return w, nil
+}
+
+func (f *fakeExecutions) ReadOutput(ctx context.Context, ref execution.Ref, stream string, offset int64, p []byte) (int, error) {
+	if err := f.before(ctx, "ReadOutput"); err != nil {
+		return 0, err
+	}
+	l, err := f.log(ref)
+	if err != nil {
+		return 0, err
+	}
+	var all []byte
+	events, _ := l.from(0)
+	for _, e := range events {
+		if e.Output != nil && e.Output.Stream == stream {
+			all = append(all, e.Output.Data...)
+		}
+	}
+	if offset >= int64(len(all)) {
+		return 0, io.EOF
+	}
+	n := copy(p, all[offset:])
+	if offset+int64(n) == int64(len(all)) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (f *fakeExecutions) Cancel(ctx context.Context, ref execution.Ref, c execution.Cancellation) (execution.Execution, error) {
+	if err := f.before(ctx, "Cancel"); err != nil {
+		return execution.Execution{}, err
+	}
+	l, err := f.log(ref)
+	if err != nil {
+		return execution.Execution{}, err
+	}
+	f.mu.Lock()
+	f.cancellations = append(f.cancellations, c)
+	f.mu.Unlock()
+	l.end(execution.Result{Reason: execution.Cancelled, CancelledBy: c.By})
+	return l.read(), nil
+}
+
+func (f *fakeExecutions) Delete(ctx context.Context, ref execution.Ref) error {
+	if err := f.before(ctx, "Delete"); err != nil {
+		return err
+	}
+	l, err := f.log(ref)
+	if err != nil {
+		return err
+	}
+	if l.read().State != execution.Ended {
+		return fault.New(fault.FailedPrecondition, "EXECUTION_NOT_ENDED", "execution %q runs", ref.ID)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.logs, ref)
+	return nil
+}
+
+// fakeLog is the log of one execution.
+type fakeLog struct {
+	ref execution.Ref
+
+	mu      sync.Mutex
+	record  execution.Execution
+	events  []execution.Event
+	offset  map[string]int64
+	changed chan struct{}
+}
+
+func (l *fakeLog) read() execution.Execution {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.record
+}
+
+func (l *fakeLog) from(position int) ([]execution.Event, <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.events[min(position, len(l.events)):], l.changed
+}
+
+func (l *fakeLog) append(e execution.Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.Cursor = execution.Cursor{Epoch: "e1", Sequence: uint64(len(l.events) + 1)}
+	e.Time = time.Now()
+	if e.Output != nil {
+		if l.offset == nil {
+			l.offset = make(map[string]int64)
+		}
+		e.Output.Offset = l.offset[e.Output.Stream]
+		l.offset[e.Output.Stream] += int64(len(e.Output.Data))
+	}
+	l.events = append(l.events, e)
+	if e.Result != nil {
+		l.record.State, l.record.Result = execution.Ended, e.Result
+	}
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+func (l *fakeLog) start() { l.append(execution.Event{Started: &execution.Started{Execution: l.ref}}) }
+
+func (l *fakeLog) output(stream, data string) {
+	l.append(execution.Event{Output: &execution.Output{Stream: stream, Data: []byte(data)}})
+}
+
+func (l *fakeLog) end(r execution.Result) { l.append(execution.Event{Result: &r}) }
+
+// exit ends it with an exit code.
+func (l *fakeLog) exit(code int32) {
+	l.end(execution.Result{Reason: execution.Exited, ExitCode: &code, TreeEmpty: true})
+}
+
+type fakeWatcher struct {
+	log      *fakeLog
+	fake     *fakeExecutions
+	position int
+	cursor   execution.Cursor
+	closed   bool
+}
+
+func (w *fakeWatcher) Next(ctx context.Context) (execution.Event, error) {
+	for {
+		events, changed := w.log.from(w.position)
+		if len(events) > 0 {
+			w.position++
+			w.cursor = events[0].Cursor
+			return events[0], nil
+		}
+		if w.log.read().State == execution.Ended {
+			return execution.Event{}, io.EOF
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return execution.Event{}, context.Cause(ctx)
+		}
+	}
+}
+
+func (w *fakeWatcher) Cursor() execution.Cursor { return w.cursor }
+
+func (w *fakeWatcher) LastEventTime() time.Time {
+	if events, _ := w.log.from(0); len(events) > 0 {
+		return events[len(events)-1].Time
+	}
+	return time.Time{}
+}
+
+func (w *fakeWatcher) Close() {
+	w.fake.mu.Lock()
+	defer w.fake.mu.Unlock()
+	if w.closed {
+		panic("closed twice")
+	}
+	w.closed = true
+	w.fake.watchers--
+}
+
+// fakeSessions keeps sessions in memory.
+type fakeSessions struct {
+	mu         sync.Mutex
+	sessions   map[string]session.Session
+	requests   []session.Request
+	requesters []string
+	// started lets WaitStarted return.
+	started chan struct{}
+	err     error
+}
+
+func (f *fakeSessions) put(s session.Session) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.sessions == nil {
+		f.sessions = make(map[string]session.Session)
+	}
+	f.sessions[s.ID] = s
+}
+
+func (f *fakeSessions) Create(_ context.Context, r session.Request) (session.Session, error) {
+	if f.err != nil {
+		return session.Session{}, f.err
+	}
+	f.mu.Lock()
+	f.requests = append(f.requests, r)
+	f.mu.Unlock()
+	s := session.Session{ID: "s1", State: session.Starting, Limits: r.Limits, Lifetime: r.Lifetime, Labels: r.Labels}
+	f.put(s)
+	return s, nil
+}
+
+func (f *fakeSessions) Get(_ context.Context, id string) (session.Session, error) {
+	if f.err != nil {
+		return session.Session{}, f.err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s, ok := f.sessions[id]; ok {
+		return s, nil
+	}
+	return session.Session{}, fault.New(fault.NotFound, "SESSION_NOT_FOUND", "session %q does not exist", id)
+}
+
+func (f *fakeSessions) WaitStarted(ctx context.Context, id string) (session.Session, error) {
+	s, err := f.Get(ctx, id)
+	if err != nil {
+		return session.Session{}, err
+	}
+	select {
+	case <-f.started:
+		return f.Get(ctx, id)
+	case <-ctx.Done():
+		return s, context.Cause(ctx)
+	}
+}
+
+func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Session, error) {
+	if f.err != nil {
+		return nil, f.err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var found []session.Session
+	for id, s := range f.sessions {
+		if (q.Before == "" || id < q.Before) && (q.Terminated || s.State != session.Terminated) {
+			found = append(found, s)
+		}
+	}
+	slices.SortFunc(found, func(a, b session.Session) int { return -compare(a.ID, b.ID) })
+	return found[:min(len(found), q.Limit)], nil
+}
+
+func (f *fakeSessions) Terminate(ctx context.Context, id, requester string) (session.Session, error) {
+	s, err := f.Get(ctx, id)
+	if err != nil {
+		return session.Session{}, err
+	}
+	s.State, s.Reason, s.Detail = session.Terminated, session.Requested, "by "+requester
+	f.put(s)
+	f.mu.Lock()
+	f.requesters = append(f.requesters, requester)
+	f.mu.Unlock()
+	return s, nil
+}
+
+// fakeInfo tells a fixed ServerInfo.
+type fakeInfo struct {
+	info ServerInfo
+	err  error
+}
+
+func (f *fakeInfo) ServerInfo(context.Context) (ServerInfo, error) { return f.info, f.err }
+
+// bench is a running server with fakes behind it and a client before it.
+type bench struct {
+	server     *Server
+	executions *fakeExecutions
+	sessions   *fakeSessions
+	info       *fakeInfo
+	// shutdown ends the server's shutdown context.
+	shutdown context.CancelCauseFunc
+	logs     *syncBuffer
+	dial     func(...grpc.DialOption) *grpc.ClientConn
+
+	executor executorv1.ExecutorServiceClient
+	session  executorv1.SessionServiceClient
+	admin    executorv1.AdminServiceClient
+}
+
+// newBench serves until the test ends.
+func newBench(t *testing.T, change ...func(*Config)) *bench {
+	t.Helper()
+	b := &bench{
+		executions: &fakeExecutions{},
+		sessions:   &fakeSessions{started: make(chan struct{})},
+		info:       &fakeInfo{},
+		logs:       &syncBuffer{},
+	}
+	cfg := Config{
+		Executions: b.executions, Sessions: b.sessions, Info: b.info, Reflection: true,
+		Logger: slog.New(slog.NewTextHandler(b.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	shutdown, cancel := context.WithCancelCause(context.Background())
+	b.shutdown = cancel
+	server, err := NewServer(shutdown, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.server = server
+	listener := bufconn.Listen(64 << 10)
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		if err := server.Serve(listener); err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+	t.Cleanup(func() {
+		server.Stop()
+		serving.Wait()
+		cancel(nil)
+	})
+	b.dial = func(options ...grpc.DialOption) *grpc.ClientConn {
+		conn, err := grpc.NewClient("passthrough:///bufconn", append([]grpc.DialOption{
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				return listener.DialContext(ctx)
+			}),
+		}, options...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		return conn
+	}
+	conn := b.dial()
+	b.executor = executorv1.NewExecutorServiceClient(conn)
+	b.session = executorv1.NewSessionServiceClient(conn)
+	b.admin = executorv1.NewAdminServiceClient(conn)
+	return b
+}
+
+// syncBuffer is a bytes.Buffer for several goroutines.
+type syncBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// wantError checks code and reason of an error and returns its details.
+func wantError(t *testing.T, err error, code codes.Code, reason string) details {
+	t.Helper()
+	if err == nil {
+		t.Fatalf("no error, want %v %s", code, reason)
+	}
+	d := detailsOf(t, err)
+	if status.Code(err) != code || d.info.GetReason() != reason {
+		t.Fatalf("error is %v with reason %q, want %v with %q", err, d.info.GetReason(), code, reason)
+	}
+	return d
+}
+
+// details are the details of a status.
+type details struct {
+	info         *errdetails.ErrorInfo
+	bad          *errdetails.BadRequest
+	retry        *errdetails.RetryInfo
+	resource     *errdetails.ResourceInfo
+	precondition *errdetails.PreconditionFailure
+}
+
+func detailsOf(t *testing.T, err error) details {
+	t.Helper()
+	var d details
+	for _, detail := range status.Convert(err).Details() {
+		switch detail := detail.(type) {
+		case *errdetails.ErrorInfo:
+			d.info = detail
+		case *errdetails.BadRequest:
+			d.bad = detail
+		case *errdetails.RetryInfo:
+			d.retry = detail
+		case *errdetails.ResourceInfo:
+			d.resource = detail
+		case *errdetails.PreconditionFailure:
+			d.precondition = detail
+		default:
+			t.Fatalf("unexpected detail %T", detail)
+		}
+	}
+	if d.info == nil {
+		t.Fatalf("%v has no ErrorInfo", err)
+	}
+	if d.info.GetDomain() != "executord.harvest.run" {
+		t.Fatalf("domain is %q", d.info.GetDomain())
+	}
+	return d
+}
+
+// fields are the paths in the BadRequest.
+func (d details) fields() []string {
+	var paths []string
+	for _, v := range d.bad.GetFieldViolations() {
+		paths = append(paths, v.GetField())
+	}
+	return paths
+}

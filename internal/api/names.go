@@ -1,0 +1,84 @@
+package api
+
+import (
+	"strings"
+
+	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+const (
+	sessionPrefix   = "sessions/"
+	executionPrefix = "executions/"
+	// anySession is the parent that stands for all sessions.
+	anySession = "sessions/-"
+)
+
+// executionName is the resource name of an execution.
+func executionName(ref execution.Ref) string {
+	if ref.Session == "" {
+		return executionPrefix + ref.ID
+	}
+	return sessionPrefix + ref.Session + "/" + executionPrefix + ref.ID
+}
+
+// parseExecutionName is its inverse. The rules of the protos let only such names
+// through; another is a fault Invalid all the same.
+func parseExecutionName(name string) (execution.Ref, error) {
+	var ref execution.Ref
+	rest := name
+	if after, ok := strings.CutPrefix(name, sessionPrefix); ok {
+		ref.Session, rest, ok = strings.Cut(after, "/")
+		if !ok || !isID(ref.Session) {
+			return execution.Ref{}, errName("executions/{execution} or sessions/{session}/executions/{execution}")
+		}
+	}
+	id, ok := strings.CutPrefix(rest, executionPrefix)
+	if !ok || !isID(id) {
+		return execution.Ref{}, errName("executions/{execution} or sessions/{session}/executions/{execution}")
+	}
+	ref.ID = id
+	return ref, nil
+}
+
+// sessionName is the resource name of a session.
+func sessionName(id string) string { return sessionPrefix + id }
+
+// parseSessionName is its inverse.
+func parseSessionName(name string) (string, error) {
+	id, ok := strings.CutPrefix(name, sessionPrefix)
+	if !ok || !isID(id) {
+		return "", errName("sessions/{session}")
+	}
+	return id, nil
+}
+
+// parseParent returns the session's id in a parent, "" for the empty one.
+func parseParent(parent string) (string, error) {
+	if parent == "" {
+		return "", nil
+	}
+	id, ok := strings.CutPrefix(parent, sessionPrefix)
+	if !ok || !isID(id) {
+		return "", fault.InvalidField(reasonInvalidField, "parent", "must be empty or sessions/{session}")
+	}
+	return id, nil
+}
+
+func errName(form string) error {
+	return fault.InvalidField(reasonInvalidField, "name", "must be %s", form)
+}
+
+// isID says whether s is 1 to 63 characters of a-z, 0-9 and "-".
+func isID(s string) bool {
+	if len(s) < 1 || len(s) > 63 {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
+			return false
+		}
+	}
+	return true
+}

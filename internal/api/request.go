@@ -1,0 +1,188 @@
+package api
+
+import (
+	"strconv"
+	"time"
+
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/fault"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+const (
+	// maxArgsBytes bounds the arguments of a command taken together, on every engine.
+	maxArgsBytes = 65536
+	// maxEnvBytes bounds the names and values of its environment taken together.
+	maxEnvBytes = 131072
+)
+
+// startRequest is what ExecuteRequest and StartExecutionRequest have in common.
+type startRequest interface {
+	GetParent() string
+	GetCommand() *executorv1.Command
+	GetLimits() *executorv1.Limits
+	GetOutputPolicy() *executorv1.OutputPolicy
+	GetLabels() map[string]string
+}
+
+// newRequest turns a request into the domain's. It checks what the rules of the protos
+// cannot say and returns a fault Invalid.
+func newRequest(req startRequest) (execution.Request, error) {
+	session, err := parseParent(req.GetParent())
+	if err != nil {
+		return execution.Request{}, err
+	}
+	if session != "" && req.GetLimits() != nil {
+		return execution.Request{}, fault.InvalidField(reasonInvalidField, "limits",
+			"must not be set together with parent: the sandbox of a session has its own limits")
+	}
+	command, err := newCommand(req.GetCommand())
+	if err != nil {
+		return execution.Request{}, err
+	}
+	return execution.Request{
+		Session:       session,
+		Command:       command,
+		Limits:        limitsOf(req.GetLimits()),
+		RetainedBytes: req.GetOutputPolicy().GetRetainedBytes(),
+		Labels:        req.GetLabels(),
+	}, nil
+}
+
+func newCommand(c *executorv1.Command) (execution.Command, error) {
+	if err := checkProgram(c); err != nil {
+		return execution.Command{}, err
+	}
+	if err := checkSizes(c); err != nil {
+		return execution.Command{}, err
+	}
+	timeout, err := duration("command.timeout", c.GetTimeout())
+	if err != nil {
+		return execution.Command{}, err
+	}
+	if timeout%time.Millisecond != 0 {
+		return execution.Command{}, fault.InvalidField(reasonInvalidField, "command.timeout", "must be whole milliseconds")
+	}
+	command := execution.Command{
+		Args:             c.GetArgs(),
+		Env:              c.GetEnv(),
+		WorkingDirectory: c.GetWorkingDirectory(),
+		Timeout:          timeout,
+	}
+	if c.GetGracePeriod() != nil {
+		grace, err := duration("command.grace_period", c.GetGracePeriod())
+		if err != nil {
+			return execution.Command{}, err
+		}
+		command.GracePeriod = &grace
+	}
+	if code := c.GetCode(); code != nil {
+		if command.Language, err = languageOf(code.GetLanguage()); err != nil {
+			return execution.Command{}, err
+		}
+		command.Source = code.GetSource()
+	}
+	return command, nil
+}
+
+// checkProgram checks that exactly one of code and args says what to run.
+func checkProgram(c *executorv1.Command) error {
+	const path = "command.args"
+	switch {
+	case c.GetCode() == nil && len(c.GetArgs()) == 0:
+		return fault.InvalidField(reasonInvalidField, path, "must not be empty unless code is set")
+	case c.GetCode() != nil && len(c.GetArgs()) > 0:
+		return fault.InvalidField(reasonInvalidField, path, "must not be set together with code")
+	case c.GetCode() == nil && c.GetArgs()[0] == "":
+		return fault.InvalidField(reasonInvalidField, path+"[0]", "must name a program")
+	default:
+		return nil
+	}
+}
+
+// checkSizes checks the sums that would not fit into an exec everywhere.
+func checkSizes(c *executorv1.Command) error {
+	args := 0
+	for _, arg := range c.GetArgs() {
+		args += len(arg)
+	}
+	if args > maxArgsBytes {
+		return errTooLarge("ARGS_TOO_LARGE", "command.args", args, maxArgsBytes)
+	}
+	env := 0
+	for name, value := range c.GetEnv() {
+		env += len(name) + len(value)
+	}
+	if env > maxEnvBytes {
+		return errTooLarge("ENV_TOO_LARGE", "command.env", env, maxEnvBytes)
+	}
+	return nil
+}
+
+func errTooLarge(reason, path string, size, limit int) error {
+	return fault.InvalidField(reason, path, "has %d bytes, at most %d are allowed", size, limit).
+		With("limit", strconv.Itoa(limit)).With("size", strconv.Itoa(size))
+}
+
+// duration reads a duration, 0 if it is absent.
+func duration(path string, d *durationpb.Duration) (time.Duration, error) {
+	if d == nil {
+		return 0, nil
+	}
+	if err := d.CheckValid(); err != nil {
+		return 0, fault.InvalidField(reasonInvalidField, path, "is not a duration: seconds and nanos must be in range and have the same sign")
+	}
+	return d.AsDuration(), nil
+}
+
+// heartbeatInterval reads how long a stream may be silent.
+func heartbeatInterval(d *durationpb.Duration) (time.Duration, error) {
+	interval, err := duration("heartbeat_interval", d)
+	if interval == 0 && err == nil {
+		interval = defaultHeartbeat
+	}
+	return interval, err
+}
+
+func languageOf(l executorv1.Language) (execution.Language, error) {
+	switch l {
+	case executorv1.Language_LANGUAGE_PYTHON:
+		return execution.Python, nil
+	case executorv1.Language_LANGUAGE_BASH:
+		return execution.Bash, nil
+	case executorv1.Language_LANGUAGE_NODE:
+		return execution.Node, nil
+	default:
+		return "", fault.InvalidField(reasonInvalidField, "command.code.language", "must be one of the languages")
+	}
+}
+
+// The names of the streams in the domain.
+const (
+	stdout = "stdout"
+	stderr = "stderr"
+)
+
+func streamName(s executorv1.Stream) (string, error) {
+	switch s {
+	case executorv1.Stream_STREAM_STDOUT:
+		return stdout, nil
+	case executorv1.Stream_STREAM_STDERR:
+		return stderr, nil
+	default:
+		return "", fault.InvalidField(reasonInvalidField, "stream", "must be STREAM_STDOUT or STREAM_STDERR")
+	}
+}
+
+func cursorOf(c *executorv1.Cursor) *execution.Cursor {
+	if c == nil {
+		return nil
+	}
+	return &execution.Cursor{Epoch: c.GetEpoch(), Sequence: c.GetSequence()}
+}
+
+func limitsOf(l *executorv1.Limits) engine.Limits {
+	return engine.Limits{MemoryBytes: l.GetMemoryBytes(), CPUMillis: l.GetCpuMillis(), PIDs: l.GetPids()}
+}

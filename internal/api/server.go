@@ -1,0 +1,210 @@
+// Package api is the gRPC face of executord: it checks requests against the
+// protos, turns them into what the domain understands, and turns what the domain
+// answers, its faults included, into responses, streams and statuses. It is the
+// only server-side place that knows the public protos and gRPC codes. What it needs
+// from the domain it declares as interfaces; engines and stores it never sees.
+// The goroutines of a Server are those of grpc-go and one sender per stream; Stop
+// waits for all of them.
+package api
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+)
+
+// What a Server does that the Config does not change.
+const (
+	// maxConcurrentStreams bounds the RPCs of one connection.
+	maxConcurrentStreams = 1000
+	// maxHeaderBytes bounds the headers of one RPC.
+	maxHeaderBytes = 64 << 10
+	// handshakeTimeout is how long a connection may take to say hello.
+	handshakeTimeout = 10 * time.Second
+	// defaultSlowConsumerAfter is how long one message may wait for its reader.
+	defaultSlowConsumerAfter = 60 * time.Second
+)
+
+// Config says what a Server serves.
+type Config struct {
+	Executions Executions
+	Sessions   Sessions
+	Info       Info
+	// Logger gets one line per RPC and every internal error; never payloads.
+	Logger *slog.Logger
+	// PageTokenKey signs page tokens. Tokens are good for all servers that have the
+	// same key; one that is empty is replaced by a random one.
+	PageTokenKey []byte
+	// Reflection offers grpc.reflection.
+	Reflection bool
+	// SlowConsumerAfter is how long one message of a stream may wait until its
+	// client takes something, before the stream is ended; 0 is 60 s.
+	SlowConsumerAfter time.Duration
+}
+
+// Server serves the API on any number of listeners.
+type Server struct {
+	grpc    *grpc.Server
+	health  *health.Server
+	senders *senders
+}
+
+// NewServer makes a Server. When shutdown ends, every stream and every RPC that
+// waits for something ends with UNAVAILABLE (SERVER_DRAINING). The error is a defect
+// of the protos' rules.
+func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
+	if cfg.SlowConsumerAfter <= 0 {
+		cfg.SlowConsumerAfter = defaultSlowConsumerAfter
+	}
+	validator, err := newValidator()
+	if err != nil {
+		return nil, fmt.Errorf("compile the validation rules: %w", err)
+	}
+	tokens, err := newPageTokens(cfg.PageTokenKey)
+	if err != nil {
+		return nil, fmt.Errorf("make a key for page tokens: %w", err)
+	}
+	statuses := &statuses{logger: cfg.Logger}
+	access := &accessLog{logger: cfg.Logger}
+	gate := &gate{validator: validator, statuses: statuses}
+	drain := &drain{follow: func(f func()) func() bool { return context.AfterFunc(shutdown, f) }}
+	onPanic := recovery.WithRecoveryHandlerContext(statuses.recovered)
+
+	// Outermost first.
+	server := grpc.NewServer(
+		grpc.ChainUnaryInterceptor(
+			// Sees the final status, also that of a panic: must be first.
+			access.unary,
+			// Turns a panic of anything below into a status.
+			recovery.UnaryServerInterceptor(onPanic),
+			// Ends the context when the server stops: must be above what waits.
+			drain.unary,
+			// Turns faults into statuses; refuses bad requests: must be last, so that
+			// the handler gets only good ones and everything above sees statuses.
+			gate.unary,
+		),
+		// The same order for the same reasons.
+		grpc.ChainStreamInterceptor(
+			access.stream,
+			recovery.StreamServerInterceptor(onPanic),
+			drain.stream,
+			gate.stream,
+		),
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
+			MinTime: 10 * time.Second, PermitWithoutStream: true,
+		}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
+		grpc.MaxConcurrentStreams(maxConcurrentStreams),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.WaitForHandlers(true),
+	)
+	s := &Server{
+		grpc: server, health: health.NewServer(),
+		senders: &senders{patience: cfg.SlowConsumerAfter, statuses: statuses},
+	}
+	services := registrar{server}
+	executorv1.RegisterExecutorServiceServer(services, &executorService{
+		executions: cfg.Executions, tokens: tokens, senders: s.senders,
+	})
+	executorv1.RegisterSessionServiceServer(services, &sessionService{sessions: cfg.Sessions, tokens: tokens})
+	executorv1.RegisterAdminServiceServer(services, &adminService{info: cfg.Info})
+	healthpb.RegisterHealthServer(server, s.health)
+	if cfg.Reflection {
+		reflection.Register(server)
+	}
+	s.SetServing(true)
+	return s, nil
+}
+
+// Serve serves a listener until the server stops; then it returns nil.
+func (s *Server) Serve(l net.Listener) error {
+	return s.grpc.Serve(l)
+}
+
+// SetServing tells health checks whether new work is welcome.
+func (s *Server) SetServing(serving bool) {
+	status := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		status = healthpb.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus("", status)
+	for _, name := range []string{
+		executorv1.ExecutorService_ServiceDesc.ServiceName,
+		executorv1.SessionService_ServiceDesc.ServiceName,
+		executorv1.AdminService_ServiceDesc.ServiceName,
+	} {
+		s.health.SetServingStatus(name, status)
+	}
+}
+
+// GracefulStop takes no new RPCs and returns when the last one has ended. Streams end
+// by themselves, or because the shutdown context ends.
+func (s *Server) GracefulStop() {
+	s.grpc.GracefulStop()
+	s.senders.wait()
+}
+
+// Stop cuts off what is left and waits for every goroutine. It also ends a
+// GracefulStop.
+func (s *Server) Stop() {
+	s.grpc.Stop()
+	s.senders.wait()
+}
+
+// senders runs the sending side of streams. grpc-go has no deadline for one Send,
+// and a Send that waits for its client ends only when the RPC does, which is when
+// the handler returns. So the handler watches, and the sending is done in a second
+// goroutine, which the end of the handler frees in the worst case.
+type senders struct {
+	patience time.Duration
+	statuses *statuses
+	group    sync.WaitGroup
+}
+
+// run does work, which marks its Sends, and returns its error, or a fault
+// SLOW_CONSUMER when one Send has lasted longer than patience. In that case work
+// goes on until its Send returns, shortly after the handler has: so work must own
+// everything it uses.
+func (s *senders) run(ctx context.Context, work func(*pace) error) error {
+	p := newPace()
+	done := make(chan error, 1)
+	s.group.Go(func() {
+		defer func() {
+			// The recovery interceptor sees only the handler's goroutine.
+			if v := recover(); v != nil {
+				done <- s.statuses.recovered(ctx, v)
+			}
+		}()
+		done <- work(p)
+	})
+	timer := time.NewTimer(s.patience)
+	defer timer.Stop()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-timer.C:
+			left := s.patience - p.stalled()
+			if left <= 0 {
+				return errSlowConsumer(s.patience)
+			}
+			timer.Reset(left)
+		}
+	}
+}
+
+// wait waits for all senders. Call it when the RPCs have ended.
+func (s *senders) wait() { s.group.Wait() }

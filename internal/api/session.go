@@ -1,0 +1,111 @@
+package api
+
+import (
+	"context"
+
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/session"
+)
+
+// Sessions keeps long-lived sandboxes. session.Service is meant.
+type Sessions interface {
+	// Create records a new one and answers at once.
+	Create(ctx context.Context, r session.Request) (session.Session, error)
+	// Get reads one.
+	Get(ctx context.Context, id string) (session.Session, error)
+	// WaitStarted returns one when it has left Starting. When ctx ends first it returns
+	// it as it is, and ctx's cause.
+	WaitStarted(ctx context.Context, id string) (session.Session, error)
+	// List reads a page.
+	List(ctx context.Context, q session.Query) ([]session.Session, error)
+	// Terminate ends one and returns it when its sandbox is gone. When ctx ends first
+	// the ending goes on.
+	Terminate(ctx context.Context, id, requester string) (session.Session, error)
+}
+
+// sessionService implements the SessionService.
+type sessionService struct {
+	executorv1.UnimplementedSessionServiceServer
+	sessions Sessions
+	tokens   *pageTokens
+}
+
+func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.CreateSessionRequest) (*executorv1.CreateSessionResponse, error) {
+	lifetime, err := duration("lifetime", req.GetLifetime())
+	if err != nil {
+		return nil, err
+	}
+	created, err := s.sessions.Create(ctx, session.Request{
+		Limits: limitsOf(req.GetLimits()), Lifetime: lifetime, Labels: req.GetLabels(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.CreateSessionResponse{Session: sessionProto(created)}, nil
+}
+
+func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSessionRequest) (*executorv1.GetSessionResponse, error) {
+	id, err := parseSessionName(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	timeout, err := duration("wait", req.GetWait())
+	if err != nil {
+		return nil, err
+	}
+	var found session.Session
+	if timeout == 0 {
+		found, err = s.sessions.Get(ctx, id)
+	} else {
+		wait, cancel := context.WithTimeoutCause(ctx, timeout, errWaited)
+		defer cancel()
+		if found, err = s.sessions.WaitStarted(wait, id); waited(ctx, wait, err) {
+			err = nil
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.GetSessionResponse{Session: sessionProto(found)}, nil
+}
+
+func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListSessionsRequest) (*executorv1.ListSessionsResponse, error) {
+	listing := "ListSessions running"
+	if req.GetShowTerminated() {
+		listing = "ListSessions all"
+	}
+	before, err := s.tokens.decode(listing, req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	size := pageSize(req.GetPageSize())
+	found, err := s.sessions.List(ctx, session.Query{
+		Before: before, Limit: size + 1, Terminated: req.GetShowTerminated(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	page, next := cutPage(found, size, func(last session.Session) string {
+		return s.tokens.encode(listing, last.ID)
+	})
+	resp := &executorv1.ListSessionsResponse{
+		Sessions:      make([]*executorv1.Session, len(page)),
+		NextPageToken: next,
+	}
+	for i, each := range page {
+		resp.Sessions[i] = sessionProto(each)
+	}
+	return resp, nil
+}
+
+func (s *sessionService) TerminateSession(ctx context.Context, req *executorv1.TerminateSessionRequest) (*executorv1.TerminateSessionResponse, error) {
+	id, err := parseSessionName(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	ended, err := s.sessions.Terminate(ctx, id, requester(ctx, req.GetRequester()))
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.TerminateSessionResponse{Session: sessionProto(ended)}, nil
+}
