@@ -35,7 +35,7 @@ func TestEnums(t *testing.T) {
 	endReasons := []session.EndReason{
 		session.Requested, session.Expired, session.StartFailed, session.SandboxLost, session.ServerStopped,
 	}
-	gaps := []execution.GapReason{"RETENTION", "EPOCH_CHANGED", "DAMAGED"}
+	gaps := []execution.GapReason{execution.GapRetention, execution.GapEpochChanged, execution.GapDamaged}
 	streams := []string{"stdout", "stderr"}
 
 	t.Run("Reason", func(t *testing.T) {

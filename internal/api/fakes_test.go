@@ -12,6 +12,7 @@ import (
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/session"
@@ -80,6 +81,13 @@ func (f *fakeExecutions) openWatchers() int {
 func (f *fakeExecutions) Start(ctx context.Context, r execution.Request) (execution.Execution, error) {
 	if err := f.before(ctx, "Start"); err != nil {
 		return execution.Execution{}, err
+	}
+	// As the real one does.
+	if err := r.Command.Validate(); err != nil {
+		return execution.Execution{}, err
+	}
+	if r.Session != "" && r.Limits != (engine.Limits{}) {
+		return execution.Execution{}, fault.InvalidField("LIMITS_WITH_PARENT", "limits", "must not be set with a parent")
 	}
 	f.mu.Lock()
 	f.requests = append(f.requests, r)

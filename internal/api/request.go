@@ -1,7 +1,6 @@
 package api
 
 import (
-	"strconv"
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
@@ -9,13 +8,6 @@ import (
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"google.golang.org/protobuf/types/known/durationpb"
-)
-
-const (
-	// maxArgsBytes bounds the arguments of a command taken together, on every engine.
-	maxArgsBytes = 65536
-	// maxEnvBytes bounds the names and values of its environment taken together.
-	maxEnvBytes = 131072
 )
 
 // startRequest is what ExecuteRequest and StartExecutionRequest have in common.
@@ -27,16 +19,12 @@ type startRequest interface {
 	GetLabels() map[string]string
 }
 
-// newRequest turns a request into the domain's. It checks what the rules of the protos
-// cannot say and returns a fault Invalid.
+// newRequest turns a request into the domain's. What the rules of the protos cannot say
+// the domain checks: it names the fields as the protos do.
 func newRequest(req startRequest) (execution.Request, error) {
 	session, err := parseParent(req.GetParent())
 	if err != nil {
 		return execution.Request{}, err
-	}
-	if session != "" && req.GetLimits() != nil {
-		return execution.Request{}, fault.InvalidField(reasonInvalidField, "limits",
-			"must not be set together with parent: the sandbox of a session has its own limits")
 	}
 	command, err := newCommand(req.GetCommand())
 	if err != nil {
@@ -52,18 +40,9 @@ func newRequest(req startRequest) (execution.Request, error) {
 }
 
 func newCommand(c *executorv1.Command) (execution.Command, error) {
-	if err := checkProgram(c); err != nil {
-		return execution.Command{}, err
-	}
-	if err := checkSizes(c); err != nil {
-		return execution.Command{}, err
-	}
 	timeout, err := duration("command.timeout", c.GetTimeout())
 	if err != nil {
 		return execution.Command{}, err
-	}
-	if timeout%time.Millisecond != 0 {
-		return execution.Command{}, fault.InvalidField(reasonInvalidField, "command.timeout", "must be whole milliseconds")
 	}
 	command := execution.Command{
 		Args:             c.GetArgs(),
@@ -85,45 +64,6 @@ func newCommand(c *executorv1.Command) (execution.Command, error) {
 		command.Source = code.GetSource()
 	}
 	return command, nil
-}
-
-// checkProgram checks that exactly one of code and args says what to run.
-func checkProgram(c *executorv1.Command) error {
-	const path = "command.args"
-	switch {
-	case c.GetCode() == nil && len(c.GetArgs()) == 0:
-		return fault.InvalidField(reasonInvalidField, path, "must not be empty unless code is set")
-	case c.GetCode() != nil && len(c.GetArgs()) > 0:
-		return fault.InvalidField(reasonInvalidField, path, "must not be set together with code")
-	case c.GetCode() == nil && c.GetArgs()[0] == "":
-		return fault.InvalidField(reasonInvalidField, path+"[0]", "must name a program")
-	default:
-		return nil
-	}
-}
-
-// checkSizes checks the sums that would not fit into an exec everywhere.
-func checkSizes(c *executorv1.Command) error {
-	args := 0
-	for _, arg := range c.GetArgs() {
-		args += len(arg)
-	}
-	if args > maxArgsBytes {
-		return errTooLarge("ARGS_TOO_LARGE", "command.args", args, maxArgsBytes)
-	}
-	env := 0
-	for name, value := range c.GetEnv() {
-		env += len(name) + len(value)
-	}
-	if env > maxEnvBytes {
-		return errTooLarge("ENV_TOO_LARGE", "command.env", env, maxEnvBytes)
-	}
-	return nil
-}
-
-func errTooLarge(reason, path string, size, limit int) error {
-	return fault.InvalidField(reason, path, "has %d bytes, at most %d are allowed", size, limit).
-		With("limit", strconv.Itoa(limit)).With("size", strconv.Itoa(size))
 }
 
 // duration reads a duration, 0 if it is absent.
@@ -176,8 +116,9 @@ func streamName(s executorv1.Stream) (string, error) {
 	}
 }
 
+// cursorOf reads a cursor; nil, the start, for one that names no place.
 func cursorOf(c *executorv1.Cursor) *execution.Cursor {
-	if c == nil {
+	if c.GetEpoch() == "" && c.GetSequence() == 0 {
 		return nil
 	}
 	return &execution.Cursor{Epoch: c.GetEpoch(), Sequence: c.GetSequence()}

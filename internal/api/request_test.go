@@ -43,6 +43,7 @@ func TestBadStart(t *testing.T) {
 		},
 		"empty command": {
 			request: &executorv1.StartExecutionRequest{Command: &executorv1.Command{}},
+			reason:  "COMMAND_EMPTY",
 			fields:  []string{"command.args"},
 		},
 		"code and args": {
@@ -50,10 +51,12 @@ func TestBadStart(t *testing.T) {
 				Args: []string{"true"},
 				Code: &executorv1.Code{Language: executorv1.Language_LANGUAGE_BASH, Source: "true"},
 			}},
+			reason: "COMMAND_AMBIGUOUS",
 			fields: []string{"command.args"},
 		},
 		"empty program": {
 			request: &executorv1.StartExecutionRequest{Command: argv("", "x")},
+			reason:  "COMMAND_EMPTY",
 			fields:  []string{"command.args[0]"},
 		},
 		"NUL in args": {
@@ -64,7 +67,7 @@ func TestBadStart(t *testing.T) {
 			request: &executorv1.StartExecutionRequest{Command: argv("echo", strings.Repeat("x", 65533))},
 			reason:  "ARGS_TOO_LARGE",
 			fields:  []string{"command.args"},
-			meta:    map[string]string{"limit": "65536", "size": "65537"},
+			meta:    map[string]string{"limit": "65536"},
 		},
 		"too many args": {
 			request: &executorv1.StartExecutionRequest{Command: argv(slices.Repeat([]string{"x"}, 4097)...)},
@@ -100,7 +103,7 @@ func TestBadStart(t *testing.T) {
 			}},
 			reason: "ENV_TOO_LARGE",
 			fields: []string{"command.env"},
-			meta:   map[string]string{"limit": "131072", "size": "131073"},
+			meta:   map[string]string{"limit": "131072"},
 		},
 		"too many env": {
 			request: &executorv1.StartExecutionRequest{Command: &executorv1.Command{
@@ -148,6 +151,7 @@ func TestBadStart(t *testing.T) {
 			request: &executorv1.StartExecutionRequest{Command: &executorv1.Command{
 				Args: []string{"true"}, Timeout: durationpb.New(1500 * time.Microsecond),
 			}},
+			reason: "TIMEOUT",
 			fields: []string{"command.timeout"},
 		},
 		"timeout with mixed signs": {
@@ -194,6 +198,7 @@ func TestBadStart(t *testing.T) {
 			request: &executorv1.StartExecutionRequest{
 				Parent: "sessions/s1", Command: argv("true"), Limits: &executorv1.Limits{Pids: 100},
 			},
+			reason: "LIMITS_WITH_PARENT",
 			fields: []string{"limits"},
 		},
 		"limits out of range": {
@@ -400,12 +405,12 @@ func TestStart(t *testing.T) {
 		"at the limits": {
 			request: &executorv1.StartExecutionRequest{Command: &executorv1.Command{
 				Args:    []string{"echo", strings.Repeat("x", 65532)},
-				Env:     map[string]string{"A": strings.Repeat("x", 131071)},
+				Env:     map[string]string{"A": strings.Repeat("x", 131069)},
 				Timeout: durationpb.New(604800 * time.Second),
 			}},
 			want: execution.Request{Command: execution.Command{
 				Args:    []string{"echo", strings.Repeat("x", 65532)},
-				Env:     map[string]string{"A": strings.Repeat("x", 131071)},
+				Env:     map[string]string{"A": strings.Repeat("x", 131069)},
 				Timeout: 604800 * time.Second,
 			}},
 		},

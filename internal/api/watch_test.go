@@ -146,7 +146,12 @@ func TestWatchResumes(t *testing.T) {
 		}
 		equal(t, got, all[after:]...)
 	}
-	_, err := kinds(t, b.watch(t, &executorv1.WatchExecutionRequest{
+	got, err := kinds(t, b.watch(t, &executorv1.WatchExecutionRequest{Name: "executions/e1", After: &executorv1.Cursor{}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	equal(t, got, all...)
+	_, err = kinds(t, b.watch(t, &executorv1.WatchExecutionRequest{
 		Name: "executions/e1", After: &executorv1.Cursor{Epoch: "e1", Sequence: 7},
 	}))
 	wantError(t, err, codes.OutOfRange, "CURSOR_IN_FUTURE")
