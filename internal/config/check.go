@@ -1,0 +1,168 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"buf.build/go/protovalidate"
+
+	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
+)
+
+// maxSocketPath is the longest path that the kernel takes for a unix socket, in bytes.
+const maxSocketPath = 107
+
+// endOfIDs is where the ranges of user ids must end.
+const endOfIDs = 0xffff0000
+
+// complete resolves paths, fills in what depends on the host and checks the whole.
+func (l *loader) complete(in Input, env map[string]string) error {
+	l.check("state_dir", l.resolveStateDir(in, env))
+	l.check("listen", l.resolveListen())
+	if len(l.errs) == 0 {
+		if err := l.checkRules(); err != nil {
+			return err
+		}
+		l.check("output.default_retained_bytes", checkOutput(l.config.GetOutput()))
+		l.check("local.uid_count", checkIDs(l.config.GetLocal()))
+		l.check("local.cgroup_parent", checkCgroup(l.config.GetLocal().GetCgroupParent()))
+		l.check("local.extra_paths", checkExtraPaths(l.config.GetLocal().GetExtraPaths()))
+	}
+	return errors.Join(l.errs...)
+}
+
+// check notes an error about a field.
+func (l *loader) check(name string, err error) {
+	if err != nil {
+		l.fail(name, l.origin(name), err)
+	}
+}
+
+func (l *loader) origin(name string) string {
+	if origin := l.origins[name]; origin != "" {
+		return origin
+	}
+	return "default"
+}
+
+// checkRules checks the rules that stand in the message.
+func (l *loader) checkRules() error {
+	validator, err := protovalidate.New(protovalidate.WithMessages(&configv1.Config{}))
+	if err != nil {
+		return fmt.Errorf("read the rules of the configuration: %w", err)
+	}
+	err = validator.Validate(l.config)
+	invalid, ok := errors.AsType[*protovalidate.ValidationError](err)
+	if err != nil && !ok {
+		return fmt.Errorf("check the configuration: %w", err)
+	}
+	if ok {
+		for _, violation := range invalid.Violations {
+			name := protovalidate.FieldPathString(violation.Proto.GetField())
+			l.check(name, errors.New(violation.Proto.GetMessage()))
+		}
+	}
+	return nil
+}
+
+// resolveStateDir makes state_dir absolute and finds its default.
+func (l *loader) resolveStateDir(in Input, env map[string]string) error {
+	dir, home := l.config.GetStateDir(), env["HOME"]
+	switch {
+	case dir != "":
+		if below, found := strings.CutPrefix(dir, "~/"); found {
+			if !filepath.IsAbs(home) {
+				return fmt.Errorf("%q needs HOME, which is not set to an absolute path", dir)
+			}
+			dir = filepath.Join(home, below)
+		}
+		dir = in.absolute(dir)
+	case l.origins["state_dir"] != "":
+		return errors.New("it is empty; it must be a path")
+	case in.UID == 0:
+		dir = "/var/lib/executord"
+	case filepath.IsAbs(env["XDG_STATE_HOME"]): // a relative one is to be ignored
+		dir = filepath.Join(env["XDG_STATE_HOME"], "executord")
+	case filepath.IsAbs(home):
+		dir = filepath.Join(home, ".local", "state", "executord")
+	default:
+		return errors.New("there is no default without XDG_STATE_HOME and HOME; set it")
+	}
+	l.config.StateDir = dir
+	return nil
+}
+
+// absolute takes a relative path from the working directory.
+func (in Input) absolute(path string) string {
+	if filepath.IsAbs(path) {
+		return filepath.Clean(path)
+	}
+	return filepath.Join(in.WorkingDirectory, path)
+}
+
+// resolveListen refuses every address that others than this host's users can reach
+// and brings a socket's into the form unix:/path.
+func (l *loader) resolveListen() error {
+	listen := l.config.GetListen()
+	if path, found := strings.CutPrefix(listen, "unix:"); found {
+		path = filepath.Clean(path)
+		if !filepath.IsAbs(path) || path == "/" || len(path) > maxSocketPath {
+			return fmt.Errorf("%q does not name a socket by an absolute path of at most %d bytes", listen, maxSocketPath)
+		}
+		l.config.Listen = "unix:" + path
+		return nil
+	}
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		return fmt.Errorf("%q is neither HOST:PORT nor unix:/PATH", listen)
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return fmt.Errorf("port %q is not a number from 0 to 65535", port)
+	}
+	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback() || ip.Zone() != "") {
+		return fmt.Errorf("%q can be reached from elsewhere, and the service has no authentication yet; "+
+			"it must be 127.0.0.1:PORT, [::1]:PORT, localhost:PORT or unix:/PATH", listen)
+	}
+	return nil
+}
+
+func checkOutput(o *configv1.Output) error {
+	if o.GetDefaultRetainedBytes() > o.GetMaxRetainedBytes() {
+		return fmt.Errorf("%s is more than output.max_retained_bytes, %s",
+			formatSize(o.GetDefaultRetainedBytes()), formatSize(o.GetMaxRetainedBytes()))
+	}
+	return nil
+}
+
+func checkIDs(local *configv1.Local) error {
+	const size = 65536
+	end := uint64(local.GetUidBase()) + uint64(local.GetUidCount())*size
+	if end > endOfIDs {
+		return fmt.Errorf("%d ranges of %d ids from local.uid_base %d on end at %d; they must end at %d or before",
+			local.GetUidCount(), size, local.GetUidBase(), end, uint64(endOfIDs))
+	}
+	return nil
+}
+
+func checkCgroup(parent string) error {
+	if parent != "" && !isCleanPath(parent) {
+		return fmt.Errorf("%q is not an absolute path without \".\", \"..\" and double slashes", parent)
+	}
+	return nil
+}
+
+func checkExtraPaths(paths []string) error {
+	i := slices.IndexFunc(paths, func(path string) bool { return path == "/" || !isCleanPath(path) })
+	if i >= 0 {
+		return fmt.Errorf("%q is not an absolute path of a directory below /, without \".\", \"..\" and double slashes", paths[i])
+	}
+	return nil
+}
+
+func isCleanPath(path string) bool { return filepath.IsAbs(path) && filepath.Clean(path) == path }
