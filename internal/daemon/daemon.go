@@ -1,0 +1,278 @@
+// Package daemon is executord as a whole, and the only place that names concrete
+// types: it reads the configuration, opens what it names in order, serves, and stops
+// in order. Config is completed to a Daemon, which Run serves until its context ends;
+// Main is the program around them. The goroutines of a Daemon are those of its parts
+// and of one lifecycle.Group; Run waits for all of them.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
+	"github.com/harvest-run/executord/internal/api"
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/local"
+	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/guestbinary"
+	"github.com/harvest-run/executord/internal/session"
+	"github.com/harvest-run/executord/internal/store"
+)
+
+// Config is what a Daemon is made of.
+type Config struct {
+	// Settings are those that config.Load has checked.
+	Settings *configv1.Config
+	Logger   *slog.Logger
+	// OpenEngine makes the engine; nil makes the local one.
+	OpenEngine func(ctx context.Context, settings *configv1.Config, logger *slog.Logger) (engine.Engine, error)
+}
+
+// Daemon is an executord that is ready to serve.
+type Daemon struct {
+	log      *slog.Logger
+	settings *configv1.Config
+
+	engine     engine.Engine
+	executions executions
+	sessions   sessions
+	server     server
+	listener   net.Listener
+	info       *serverInfo
+	// strays are sandboxes of an earlier time that nobody needs.
+	strays []string
+	// cutOff ends the streams that are open.
+	cutOff context.CancelCauseFunc
+	opened closers
+}
+
+// executions is what a Daemon does with an execution.Service.
+type executions interface {
+	// Drain refuses new ones and waits until none runs or ctx ends.
+	Drain(ctx context.Context) error
+	// StopAll ends all that run and returns when they have ended.
+	StopAll(ctx context.Context) error
+	Running() int
+}
+
+// sessions is what a Daemon does with a session.Service.
+type sessions interface {
+	// Drain refuses new ones.
+	Drain()
+	// StopAll ends all that live and returns when they have ended.
+	StopAll(ctx context.Context) error
+	Running() int
+}
+
+// server is what a Daemon does with an api.Server.
+type server interface {
+	Serve(l net.Listener) error
+	SetServing(serving bool)
+	GracefulStop()
+	Stop()
+}
+
+// Complete opens everything, takes up what an executord before this one left, and
+// listens. On an error everything that was opened is closed again; sandboxes live on.
+func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
+	d := &Daemon{log: c.Logger, settings: c.Settings}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.opened.close())
+		}
+	}()
+	dir := c.Settings.GetStateDir()
+	if err := makePrivate(dir); err != nil {
+		return nil, err
+	}
+	st, err := store.Open(ctx, store.Config{Dir: dir})
+	if err != nil {
+		return nil, err
+	}
+	d.opened.add("state", st.Close)
+
+	open := c.OpenEngine
+	if open == nil {
+		open = openLocal
+	}
+	if d.engine, err = open(ctx, c.Settings, c.Logger); err != nil {
+		return nil, fmt.Errorf("prepare the engine: %w", err)
+	}
+	d.opened.add("engine", d.engine.Close)
+
+	sessionService, executionService, err := c.openServices(ctx, d, st)
+	if err != nil {
+		return nil, err
+	}
+	if d.strays, err = findStrays(ctx, d.engine, st); err != nil {
+		return nil, err
+	}
+	key, err := pageTokenKey(dir)
+	if err != nil {
+		return nil, err
+	}
+	d.info = newServerInfo(d.engine, executionService, sessionService)
+	shutdown, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
+	d.cutOff = cutOff
+	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
+	server, err := api.NewServer(shutdown, api.Config{
+		Executions: watchable{executionService}, Sessions: sessionService, Info: d.info,
+		Logger: c.Logger, PageTokenKey: key, Reflection: c.Settings.GetReflection(),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make the server: %w", err)
+	}
+	d.server = server
+	d.opened.add("server", func() error { server.Stop(); return nil })
+	if d.listener, err = listen(ctx, c.Settings.GetListen()); err != nil {
+		return nil, err
+	}
+	// The server closes it too, but only once it serves it.
+	d.opened.add("listener", func() error { return ignoreClosed(d.listener.Close()) })
+	return d, nil
+}
+
+// openServices makes the services and lets them recover.
+func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store) (*session.Service, *execution.Service, error) {
+	sessionService, err := session.New(session.Config{Engine: d.engine, Store: st, Logger: c.Logger})
+	if err != nil {
+		return nil, nil, fmt.Errorf("make the session service: %w", err)
+	}
+	output := c.Settings.GetOutput()
+	executionService, err := execution.New(execution.Config{
+		Engine: d.engine, Store: st, Sessions: sessionService,
+		Dir:                  filepath.Join(c.Settings.GetStateDir(), "executions"),
+		DefaultRetainedBytes: output.GetDefaultRetainedBytes(),
+		MaxRetainedBytes:     output.GetMaxRetainedBytes(),
+		Logger:               c.Logger,
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("make the execution service: %w", err)
+	}
+	sessionService.SetExecutions(executionService)
+	// Closed in the opposite order: a session that ends asks for its executions' end.
+	d.opened.add("executions", executionService.Close)
+	d.opened.add("sessions", sessionService.Close)
+	d.sessions, d.executions = sessionService, executionService
+
+	// Sessions first: executions look for their sandboxes.
+	if err := sessionService.Recover(ctx); err != nil {
+		return nil, nil, fmt.Errorf("take up sessions: %w", err)
+	}
+	if err := executionService.Recover(ctx); err != nil {
+		return nil, nil, fmt.Errorf("take up executions: %w", err)
+	}
+	return sessionService, executionService, nil
+}
+
+// openLocal makes the local engine.
+func openLocal(ctx context.Context, settings *configv1.Config, logger *slog.Logger) (engine.Engine, error) {
+	cfg, err := localConfig(settings, logger)
+	if err != nil {
+		return nil, err
+	}
+	return local.New(ctx, cfg)
+}
+
+func localConfig(settings *configv1.Config, logger *slog.Logger) (local.Config, error) {
+	guest, err := guestbinary.Bytes()
+	if err != nil {
+		return local.Config{}, err
+	}
+	limits := settings.GetLimits()
+	return local.Config{
+		StateDir:     settings.GetStateDir(),
+		Guest:        guest,
+		UIDBase:      settings.GetLocal().GetUidBase(),
+		UIDCount:     settings.GetLocal().GetUidCount(),
+		CgroupParent: settings.GetLocal().GetCgroupParent(),
+		Defaults: engine.Limits{
+			MemoryBytes: limits.GetMemoryBytes(), CPUMillis: limits.GetCpuMillis(), PIDs: limits.GetPids(),
+		},
+		ExtraPaths: settings.GetLocal().GetExtraPaths(),
+		Logger:     logger,
+	}, nil
+}
+
+// Addr is where the Daemon listens.
+func (d *Daemon) Addr() net.Addr { return d.listener.Addr() }
+
+// Close closes a Daemon that is not run. What runs in sandboxes goes on.
+func (d *Daemon) Close() error { return d.opened.close() }
+
+// makePrivate makes the state directory, and refuses one in which others can write:
+// they could put anything in the place of logs and sockets.
+func makePrivate(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("look at state directory: %w", err)
+	}
+	if mode := info.Mode().Perm(); mode&0o022 != 0 {
+		return fmt.Errorf("state directory %q can be written to by others (mode %04o); make it private: chmod 700 %s", dir, mode, dir)
+	}
+	return nil
+}
+
+// closers closes what was opened, the last first.
+type closers struct {
+	all []closer
+}
+
+type closer struct {
+	name  string
+	close func() error
+}
+
+func (c *closers) add(name string, f func() error) { c.all = append(c.all, closer{name, f}) }
+
+// close closes everything once and returns all errors.
+func (c *closers) close() error {
+	var errs []error
+	for len(c.all) > 0 {
+		last := c.all[len(c.all)-1]
+		c.all = c.all[:len(c.all)-1]
+		if err := last.close(); err != nil {
+			errs = append(errs, fmt.Errorf("close %s: %w", last.name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// watchable is an execution.Service as the api wants it: with a Watcher that is an
+// interface.
+type watchable struct {
+	*execution.Service
+}
+
+// Watch implements api.Executions.
+func (w watchable) Watch(ctx context.Context, ref execution.Ref, after *execution.Cursor) (api.Watcher, error) {
+	watcher, err := w.Service.Watch(ctx, ref, after)
+	if err != nil {
+		return nil, err
+	}
+	return watcher, nil
+}
+
+// drainTimeout is how long a stop waits for what runs.
+func (d *Daemon) drainTimeout() time.Duration { return d.settings.GetDrainTimeout().AsDuration() }
+
+// terminates says whether a stop ends what still runs after that.
+func (d *Daemon) terminates() bool {
+	return d.settings.GetOnStop() == configv1.OnStop_ON_STOP_TERMINATE
+}

@@ -1,0 +1,77 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"text/tabwriter"
+
+	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/local"
+	"github.com/spf13/cobra"
+)
+
+// doctor says what the local engine can do on this host, without a server. The exit
+// code is 1 if it cannot make sandboxes.
+func (p *program) doctor(cmd *cobra.Command, settings *configv1.Config) error {
+	// A trial that is interrupted still clears up.
+	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	found, err := probe(ctx, settings)
+	if err != nil {
+		p.code = exitFailed
+		return err
+	}
+	if err := writeCapabilities(cmd.OutOrStdout(), found); err != nil {
+		p.code = exitFailed
+		return fmt.Errorf("write what was found: %w", err)
+	}
+	for _, c := range found {
+		if c.Name == "sandbox" && !c.Available {
+			p.code = exitFailed
+		}
+	}
+	return nil
+}
+
+// probe tries the engine in a directory of its own below the state directory: on the
+// same file system, and apart from an executord that may be using it.
+func probe(ctx context.Context, settings *configv1.Config) (_ []engine.Capability, err error) {
+	cfg, err := localConfig(settings, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
+	}
+	if err := makePrivate(settings.GetStateDir()); err != nil {
+		return nil, err
+	}
+	if cfg.StateDir, err = os.MkdirTemp(settings.GetStateDir(), "doctor-"); err != nil {
+		return nil, fmt.Errorf("make a directory to try sandboxes in: %w", err)
+	}
+	defer func() {
+		if removed := os.RemoveAll(cfg.StateDir); removed != nil && err == nil {
+			err = fmt.Errorf("remove the directory of the trial: %w", removed)
+		}
+	}()
+	return local.Probe(ctx, cfg), nil
+}
+
+// writeCapabilities writes a line for each capability, and one for its remedy.
+func writeCapabilities(w io.Writer, all []engine.Capability) error {
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, c := range all {
+		state := "ok"
+		if !c.Available {
+			state = "missing"
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\n", state, c.Name, c.Detail)
+		if !c.Available && c.Remedy != "" {
+			fmt.Fprintf(table, "\t\tremedy: %s\n", c.Remedy)
+		}
+	}
+	return table.Flush()
+}

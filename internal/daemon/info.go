@@ -1,0 +1,49 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/harvest-run/executord/internal/api"
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/version"
+)
+
+// serverInfo implements api.Info.
+type serverInfo struct {
+	start      time.Time
+	engine     engine.Engine
+	executions interface{ Running() int }
+	sessions   interface{ Running() int }
+	draining   atomic.Bool
+}
+
+func newServerInfo(e engine.Engine, executions, sessions interface{ Running() int }) *serverInfo {
+	return &serverInfo{start: time.Now(), engine: e, executions: executions, sessions: sessions}
+}
+
+// setDraining notes that new work is refused.
+func (s *serverInfo) setDraining() { s.draining.Store(true) }
+
+// ServerInfo describes the server as it is now.
+func (s *serverInfo) ServerInfo(ctx context.Context) (api.ServerInfo, error) {
+	sandboxes, err := s.engine.List(ctx)
+	if err != nil {
+		return api.ServerInfo{}, fmt.Errorf("list sandboxes: %w", err)
+	}
+	return api.ServerInfo{
+		Version:   version.String(),
+		GoVersion: version.Go(),
+		StartTime: s.start,
+		Engines: []api.EngineInfo{{
+			Name: s.engine.Name(), Isolation: s.engine.Isolation(),
+			Capabilities: s.engine.Capabilities(), Sandboxes: len(sandboxes),
+		}},
+		RunningExecutions: s.executions.Running(),
+		RunningSessions:   s.sessions.Running(),
+		Draining:          s.draining.Load(),
+		DefaultLimits:     s.engine.DefaultLimits(),
+	}, nil
+}

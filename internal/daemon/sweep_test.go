@@ -1,0 +1,84 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/session"
+)
+
+// fakeUnfinished knows fixed records.
+type fakeUnfinished struct {
+	sessions   []session.Session
+	executions []execution.Execution
+	sessionErr error
+	executeErr error
+}
+
+func (f *fakeUnfinished) UnfinishedSessions(context.Context) ([]session.Session, error) {
+	return f.sessions, f.sessionErr
+}
+
+func (f *fakeUnfinished) UnfinishedExecutions(context.Context) ([]execution.Execution, error) {
+	return f.executions, f.executeErr
+}
+
+func TestFindStrays(t *testing.T) {
+	known := &fakeUnfinished{
+		sessions: []session.Session{{ID: "1", Sandbox: "s-1"}, {ID: "2", Sandbox: "s-2"}},
+		executions: []execution.Execution{
+			{ID: "1", Sandbox: "e-1"},
+			{ID: "2", Session: "1", Sandbox: "s-1"},
+			// Its session has ended: the sandbox is a stray all the same.
+			{ID: "3", Session: "3", Sandbox: "s-3"},
+			// Not yet with a sandbox.
+			{ID: "4", Sandbox: "e-4"},
+		},
+	}
+	strays, err := findStrays(t.Context(), newFakeEngine("s-1", "s-2", "s-3", "s-4", "e-1", "e-2", "trial-x"), known)
+	if err != nil || fmt.Sprint(strays) != "[e-2 s-3 s-4 trial-x]" {
+		t.Errorf("%v, %v", strays, err)
+	}
+	if strays, err := findStrays(t.Context(), newFakeEngine(), known); err != nil || len(strays) != 0 {
+		t.Errorf("%v, %v", strays, err)
+	}
+	for _, broken := range []*fakeUnfinished{{sessionErr: errors.New("no")}, {executeErr: errors.New("no")}} {
+		if strays, err := findStrays(t.Context(), newFakeEngine("s-1"), broken); err == nil || strays != nil {
+			t.Errorf("without records %v are strays, %v", strays, err)
+		}
+	}
+}
+
+func TestEndStrays(t *testing.T) {
+	fake := newFakeEngine("a", "b", "c", "needed", "stuck", "broken")
+	fake.stuck["stuck"], fake.broken["broken"] = true, true
+	logs := &syncBuffer{}
+	endStrays(t.Context(), fake, []string{"a", "stuck", "b", "gone", "broken", "c"}, slog.New(slog.NewTextHandler(logs, nil)))
+	if fmt.Sprint(fake.gone()) != "[a b c]" {
+		t.Errorf("ended %v", fake.gone())
+	}
+	for _, want := range []string{
+		`msg="ended a sandbox that nobody needs" sandbox=a processes=1`,
+		`sandbox=stuck error="it does not die"`,
+		`sandbox=broken error="open it: the pipe is broken"`,
+	} {
+		if !strings.Contains(logs.String(), want) {
+			t.Errorf("the log lacks %q:\n%s", want, logs)
+		}
+	}
+}
+
+func TestEndStraysIsInterrupted(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	fake := newFakeEngine("a")
+	endStrays(ctx, fake, []string{"a"}, discard())
+	if len(fake.gone()) != 0 {
+		t.Errorf("ended %v", fake.gone())
+	}
+}
