@@ -72,7 +72,7 @@ func Violations(err error) []Violation {
 }
 
 // Message is an error's text for people: err.Error() with the status in it reduced
-// to what the server said.
+// to what the server said, or to why there was no connection.
 func Message(err error) string {
 	if err == nil {
 		return ""
@@ -81,7 +81,13 @@ func Message(err error) string {
 	if st == nil {
 		return err.Error()
 	}
-	return strings.Replace(err.Error(), inner.Error(), st.Message(), 1)
+	said := st.Message()
+	// gRPC wraps a failed dial three times, and quotes it.
+	const dialing = "transport: Error while dialing: "
+	if i := strings.Index(said, dialing); i >= 0 && st.Code() == codes.Unavailable {
+		said = strings.TrimSuffix(said[i+len(dialing):], `"`)
+	}
+	return strings.Replace(err.Error(), inner.Error(), said, 1)
 }
 
 // Unavailable says whether the server could not be reached or asked to try again.

@@ -34,6 +34,8 @@ func TestErrorsAreTakenApart(t *testing.T) {
 			violations: []client.Violation{{Field: "command.args", Description: "too long"}, {Field: "labels", Description: "too many"}}},
 		{name: "joined", err: fmt.Errorf("%w for 1m: %w", client.ErrOutage, status.Error(codes.Unavailable, "no route")),
 			message: "the server stayed out of reach for 1m: no route", unavailable: true},
+		{name: "no connection", err: fmt.Errorf("get x: %w", status.Error(codes.Unavailable, `last error: connection error: desc = "transport: Error while dialing: dial tcp 127.0.0.1:1: connect: connection refused"`)),
+			message: "get x: dial tcp 127.0.0.1:1: connect: connection refused", unavailable: true},
 		{name: "not found", err: clienttest.Error(codes.NotFound, "EXECUTION_NOT_FOUND", nil, "there is no executions/x"),
 			reason: "EXECUTION_NOT_FOUND", message: "there is no executions/x", missing: true},
 		{name: "older server", err: status.Error(codes.Unimplemented, "unknown method"), message: "unknown method", older: true},

@@ -243,7 +243,10 @@ func (s *Stream) start(request *executorv1.ExecuteRequest) (*executorv1.Event, e
 		e, err := a.next(0)
 		if err != nil {
 			a.close()
-			if Reason(err) == "" && (resumable(err) || s.within().Err() != nil) {
+			// With a reason it is the server's refusal; SLOW_CONSUMER it says of streams
+			// of executions that exist.
+			why := Reason(err)
+			if (why == "" || why == "SLOW_CONSUMER") && (resumable(err) || s.within().Err() != nil) {
 				err = fmt.Errorf("%w: %w", ErrUnconfirmed, err)
 			}
 			return nil, err

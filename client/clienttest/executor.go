@@ -134,6 +134,9 @@ func (x *execution) append(e *executorv1.Event) {
 	e.EventTime = at(20 + int(sequence))
 	if r := e.GetResult(); r != nil {
 		complete(r, x.log)
+		for i, t := range r.GetTotals() {
+			t.Size = max(t.GetSize(), x.offsets[i]) // with what a gap dropped at the end
+		}
 		if r.GetTimes().GetStarted() == nil {
 			x.record.StartTime = nil
 		}

@@ -174,12 +174,15 @@ func (s *Server) Restart() error {
 func (s *Server) Close() {
 	s.mu.Lock()
 	s.closed = true
+	s.mu.Unlock()
+	s.Stop() // with its handlers, so that no program starts any more
+	s.mu.Lock()
 	for _, x := range s.executions {
 		x.stop(errClosed)
 	}
 	s.mu.Unlock()
 	s.programs.Wait()
-	s.Stop()
+	s.Stop() // a Restart that was under way has listened again
 }
 
 // Hook has f called before each call, with the method's name and the count of its

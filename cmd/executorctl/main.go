@@ -1,0 +1,25 @@
+// Executorctl runs code in sandboxes of an executord, from a terminal.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+
+	"github.com/harvest-run/executord/internal/cli"
+)
+
+func main() {
+	env := os.Environ()
+	if host, err := os.Hostname(); err == nil {
+		env = append([]string{"HOSTNAME=" + host}, env...)
+	}
+	os.Exit(cli.Main(context.Background(), os.Args[1:], env, os.Stdin, os.Stdout, os.Stderr, ctrlC))
+}
+
+// ctrlC subscribes to Ctrl-C; before that and afterwards it ends the process.
+func ctrlC() (<-chan os.Signal, func()) {
+	c := make(chan os.Signal, 2)
+	signal.Notify(c, os.Interrupt)
+	return c, func() { signal.Stop(c) }
+}
