@@ -129,7 +129,7 @@ func (a *app) diagnose(info *executorv1.GetServerInfoResponse) error {
 			}
 			rows = append(rows, []string{state, c.GetName(), c.GetDetail()})
 			if !c.GetAvailable() && c.GetRemedy() != "" {
-				rows = append(rows, []string{" ", " ", "to get it: " + c.GetRemedy()})
+				rows = append(rows, []string{" ", " ", "remedy: " + c.GetRemedy()})
 			}
 		}
 	}
