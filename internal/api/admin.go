@@ -46,6 +46,7 @@ type adminService struct {
 	info Info
 }
 
+// GetServerInfo implements executorv1.AdminServiceServer.
 func (s *adminService) GetServerInfo(ctx context.Context, _ *executorv1.GetServerInfoRequest) (*executorv1.GetServerInfoResponse, error) {
 	info, err := s.info.ServerInfo(ctx)
 	if err != nil {

@@ -30,6 +30,7 @@ func newCodec() codec {
 	return codec{encoding.GetCodecV2(grpcproto.Name)}
 }
 
+// Unmarshal implements encoding.CodecV2.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	r, ok := v.(*received)
 	if !ok {

@@ -62,6 +62,7 @@ type executorService struct {
 	senders    *senders
 }
 
+// StartExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) StartExecution(ctx context.Context, req *executorv1.StartExecutionRequest) (*executorv1.StartExecutionResponse, error) {
 	request, err := newRequest(req)
 	if err != nil {
@@ -74,6 +75,7 @@ func (s *executorService) StartExecution(ctx context.Context, req *executorv1.St
 	return &executorv1.StartExecutionResponse{Execution: executionProto(e)}, nil
 }
 
+// WaitExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) WaitExecution(ctx context.Context, req *executorv1.WaitExecutionRequest) (*executorv1.WaitExecutionResponse, error) {
 	ref, err := parseExecutionName(req.GetName())
 	if err != nil {
@@ -108,6 +110,7 @@ func waited(ctx, wait context.Context, err error) bool {
 		(errors.Is(err, errWaited) || errors.Is(err, context.DeadlineExceeded))
 }
 
+// GetExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) GetExecution(ctx context.Context, req *executorv1.GetExecutionRequest) (*executorv1.GetExecutionResponse, error) {
 	ref, err := parseExecutionName(req.GetName())
 	if err != nil {
@@ -120,6 +123,7 @@ func (s *executorService) GetExecution(ctx context.Context, req *executorv1.GetE
 	return &executorv1.GetExecutionResponse{Execution: executionProto(e)}, nil
 }
 
+// ListExecutions implements executorv1.ExecutorServiceServer.
 func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.ListExecutionsRequest) (*executorv1.ListExecutionsResponse, error) {
 	listing := "ListExecutions " + req.GetParent()
 	before, err := s.tokens.decode(listing, req.GetPageToken())
@@ -150,6 +154,7 @@ func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.Li
 	return resp, nil
 }
 
+// CancelExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) CancelExecution(ctx context.Context, req *executorv1.CancelExecutionRequest) (*executorv1.CancelExecutionResponse, error) {
 	ref, err := parseExecutionName(req.GetName())
 	if err != nil {
@@ -170,6 +175,7 @@ func (s *executorService) CancelExecution(ctx context.Context, req *executorv1.C
 	return &executorv1.CancelExecutionResponse{Execution: executionProto(e)}, nil
 }
 
+// DeleteExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) DeleteExecution(ctx context.Context, req *executorv1.DeleteExecutionRequest) (*executorv1.DeleteExecutionResponse, error) {
 	ref, err := parseExecutionName(req.GetName())
 	if err != nil {

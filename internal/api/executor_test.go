@@ -247,7 +247,7 @@ func TestRequesterAddress(t *testing.T) {
 	for _, network := range []string{"tcp", "unix"} {
 		t.Run(network, func(t *testing.T) {
 			b := newBench(t)
-			address, target := "127.0.0.1:0", ""
+			address := "127.0.0.1:0"
 			if network == "unix" {
 				address = filepath.Join(t.TempDir(), "s")
 			}
@@ -259,7 +259,8 @@ func TestRequesterAddress(t *testing.T) {
 			serving.Go(func() { _ = b.server.Serve(listener) })
 			defer serving.Wait()
 			defer b.server.Stop()
-			if target = listener.Addr().String(); network == "unix" {
+			target := listener.Addr().String()
+			if network == "unix" {
 				target = "unix:" + address
 			}
 			conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()))

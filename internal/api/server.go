@@ -9,10 +9,10 @@ package api
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"sync"
 	"time"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
@@ -131,7 +131,12 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 
 // Serve serves a listener until the server stops; then it returns nil.
 func (s *Server) Serve(l net.Listener) error {
-	return s.grpc.Serve(l)
+	err := s.grpc.Serve(l)
+	if errors.Is(err, grpc.ErrServerStopped) {
+		// It was stopped before it came to serve.
+		return nil
+	}
+	return err
 }
 
 // SetServing tells health checks whether new work is welcome.
@@ -163,48 +168,3 @@ func (s *Server) Stop() {
 	s.grpc.Stop()
 	s.senders.wait()
 }
-
-// senders runs the sending side of streams. grpc-go has no deadline for one Send,
-// and a Send that waits for its client ends only when the RPC does, which is when
-// the handler returns. So the handler watches, and the sending is done in a second
-// goroutine, which the end of the handler frees in the worst case.
-type senders struct {
-	patience time.Duration
-	statuses *statuses
-	group    sync.WaitGroup
-}
-
-// run does work, which marks its Sends, and returns its error, or a fault
-// SLOW_CONSUMER when one Send has lasted longer than patience. In that case work
-// goes on until its Send returns, shortly after the handler has: so work must own
-// everything it uses.
-func (s *senders) run(ctx context.Context, work func(*pace) error) error {
-	p := newPace()
-	done := make(chan error, 1)
-	s.group.Go(func() {
-		defer func() {
-			// The recovery interceptor sees only the handler's goroutine.
-			if v := recover(); v != nil {
-				done <- s.statuses.recovered(ctx, v)
-			}
-		}()
-		done <- work(p)
-	})
-	timer := time.NewTimer(s.patience)
-	defer timer.Stop()
-	for {
-		select {
-		case err := <-done:
-			return err
-		case <-timer.C:
-			left := s.patience - p.stalled()
-			if left <= 0 {
-				return errSlowConsumer(s.patience)
-			}
-			timer.Reset(left)
-		}
-	}
-}
-
-// wait waits for all senders. Call it when the RPCs have ended.
-func (s *senders) wait() { s.group.Wait() }

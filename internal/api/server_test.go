@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
@@ -16,11 +17,15 @@ import (
 	"github.com/harvest-run/executord/internal/fault"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/dynamicpb"
+	"google.golang.org/protobuf/types/known/durationpb"
 )
 
 // call calls any RPC with any request and returns its error; the responses are read to
@@ -349,6 +354,48 @@ func TestGracefulStop(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-stopped
+}
+
+// TestKeepalive: a client that asks every 10 s whether the server lives is not taken for
+// an attacker, with an idle stream and without any.
+func TestKeepalive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.executions.add(execution.Execution{ID: "e1"}).start()
+		conn := b.dial(grpc.WithKeepaliveParams(keepalive.ClientParameters{
+			Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true,
+		}))
+		// Without a stream.
+		admin := executorv1.NewAdminServiceClient(conn)
+		if _, err := admin.GetServerInfo(t.Context(), &executorv1.GetServerInfoRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Minute)
+		if state := conn.GetState(); state != connectivity.Ready {
+			t.Errorf("the connection is %v", state)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		stream, err := executorv1.NewExecutorServiceClient(conn).WatchExecution(ctx,
+			&executorv1.WatchExecutionRequest{Name: "executions/e1", HeartbeatInterval: durationpb.New(5 * time.Minute)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 4 {
+			if _, err := stream.Recv(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
+// TestStoppedBeforeItServes: a stop that comes very early is no error.
+func TestStoppedBeforeItServes(t *testing.T) {
+	b := newBench(t)
+	b.server.Stop()
+	if err := b.server.Serve(bufconn.Listen(1)); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestMessageTooLarge is grpc-go's own refusal; the connection stays usable.

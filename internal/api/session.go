@@ -30,6 +30,7 @@ type sessionService struct {
 	tokens   *pageTokens
 }
 
+// CreateSession implements executorv1.SessionServiceServer.
 func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.CreateSessionRequest) (*executorv1.CreateSessionResponse, error) {
 	lifetime, err := duration("lifetime", req.GetLifetime())
 	if err != nil {
@@ -44,6 +45,7 @@ func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.Crea
 	return &executorv1.CreateSessionResponse{Session: sessionProto(created)}, nil
 }
 
+// GetSession implements executorv1.SessionServiceServer.
 func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSessionRequest) (*executorv1.GetSessionResponse, error) {
 	id, err := parseSessionName(req.GetName())
 	if err != nil {
@@ -69,6 +71,7 @@ func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSess
 	return &executorv1.GetSessionResponse{Session: sessionProto(found)}, nil
 }
 
+// ListSessions implements executorv1.SessionServiceServer.
 func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListSessionsRequest) (*executorv1.ListSessionsResponse, error) {
 	listing := "ListSessions running"
 	if req.GetShowTerminated() {
@@ -98,6 +101,7 @@ func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListS
 	return resp, nil
 }
 
+// TerminateSession implements executorv1.SessionServiceServer.
 func (s *sessionService) TerminateSession(ctx context.Context, req *executorv1.TerminateSessionRequest) (*executorv1.TerminateSessionResponse, error) {
 	id, err := parseSessionName(req.GetName())
 	if err != nil {

@@ -99,6 +99,7 @@ type gatedStream struct {
 	resource string
 }
 
+// RecvMsg implements grpc.ServerStream.
 func (s *gatedStream) RecvMsg(m any) error {
 	in := received{message: m}
 	if err := s.ServerStream.RecvMsg(&in); err != nil {

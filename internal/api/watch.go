@@ -22,6 +22,7 @@ const (
 // errSilent is the cause when a stream was silent for a heartbeat interval.
 var errSilent = errors.New("nothing new for a heartbeat interval")
 
+// Execute implements executorv1.ExecutorServiceServer.
 func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.ServerStreamingServer[executorv1.ExecuteResponse]) error {
 	interval, err := heartbeatInterval(req.GetHeartbeatInterval())
 	if err != nil {
@@ -41,6 +42,7 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 		})
 }
 
+// WatchExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) WatchExecution(req *executorv1.WatchExecutionRequest, stream grpc.ServerStreamingServer[executorv1.WatchExecutionResponse]) error {
 	interval, err := heartbeatInterval(req.GetHeartbeatInterval())
 	if err != nil {
@@ -124,6 +126,7 @@ func (s *eventSender) tell(event *executorv1.Event) error {
 	return err
 }
 
+// ReadOutput implements executorv1.ExecutorServiceServer.
 func (s *executorService) ReadOutput(req *executorv1.ReadOutputRequest, stream grpc.ServerStreamingServer[executorv1.ReadOutputResponse]) error {
 	ref, err := parseExecutionName(req.GetName())
 	if err != nil {

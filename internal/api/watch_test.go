@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -208,8 +209,8 @@ func TestHeartbeats(t *testing.T) {
 					}
 				}
 				writing.Wait()
-				at := func(intervals, ms time.Duration) string {
-					return (intervals*test.interval/2 + ms*time.Millisecond).String()
+				at := func(halves, ms int) string {
+					return (test.interval/2*time.Duration(halves) + time.Duration(ms)*time.Millisecond).String()
 				}
 				equal(t, got,
 					"0s started executions/e1",
@@ -356,7 +357,7 @@ func TestSlowConsumerOfOutput(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(300 * time.Millisecond)
+	eventually(t, func() bool { return strings.Contains(b.logs.String(), "SLOW_CONSUMER") })
 	for {
 		if _, err := stream.Recv(); err != nil {
 			wantError(t, err, codes.ResourceExhausted, "SLOW_CONSUMER")

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 
@@ -16,8 +18,15 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// essential are the capabilities without which code of strangers cannot be run as
+// promised; executorctl doctor has the same. For the rest the engine has other ways,
+// or refuses what needs them.
+func essential() []string {
+	return []string{"sandbox", "limit.memory", "limit.pids", "network.none", "language.python"}
+}
+
 // doctor says what the local engine can do on this host, without a server. The exit
-// code is 1 if it cannot make sandboxes.
+// code is 1 if something essential is missing.
 func (p *program) doctor(cmd *cobra.Command, settings *configv1.Config) error {
 	// A trial that is interrupted still clears up.
 	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
@@ -31,10 +40,15 @@ func (p *program) doctor(cmd *cobra.Command, settings *configv1.Config) error {
 		p.code = exitFailed
 		return fmt.Errorf("write what was found: %w", err)
 	}
+	var missing []string
 	for _, c := range found {
-		if c.Name == "sandbox" && !c.Available {
-			p.code = exitFailed
+		if !c.Available && slices.Contains(essential(), c.Name) {
+			missing = append(missing, c.Name)
 		}
+	}
+	if len(missing) > 0 {
+		p.code = exitFailed
+		return fmt.Errorf("essential and missing: %s", strings.Join(missing, ", "))
 	}
 	return nil
 }
@@ -70,7 +84,7 @@ func writeCapabilities(w io.Writer, all []engine.Capability) error {
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\n", state, c.Name, c.Detail)
 		if !c.Available && c.Remedy != "" {
-			fmt.Fprintf(table, "\t\tremedy: %s\n", c.Remedy)
+			fmt.Fprintf(table, "\t\tto get it: %s\n", c.Remedy)
 		}
 	}
 	return table.Flush()

@@ -99,7 +99,7 @@ func TestServe(t *testing.T) {
 				t.Fatal(err)
 			}
 			if got := <-code; got != 0 {
-				t.Errorf("exit code %d", got)
+				t.Errorf("exit code %d:\n%s", got, stderr)
 			}
 			for _, want := range []string{"stopped by SIGTERM", "stopping", "stopped"} {
 				if !strings.Contains(stderr.String(), want) {
@@ -154,7 +154,7 @@ func TestWriteCapabilities(t *testing.T) {
 	})
 	want := "ok       sandbox       one was made and ended\n" +
 		"missing  limit.memory  no control groups\n" +
-		"                       remedy: run as root\n" +
+		"                       to get it: run as root\n" +
 		"missing  x             nothing can be done\n"
 	if err != nil || out.String() != want {
 		t.Errorf("%v\n%s\nwant\n%s", err, out.String(), want)
