@@ -189,3 +189,34 @@ func TestLocalConfig(t *testing.T) {
 		t.Errorf("%+v", cfg)
 	}
 }
+
+// TestDoctor tries this host, whatever it can do, and leaves nothing behind.
+func TestDoctor(t *testing.T) {
+	if _, err := guestbinary.Bytes(); err != nil {
+		t.Skip("this build has no guest; `make build` makes one")
+	}
+	dir := filepath.Join(t.TempDir(), "state")
+	var stdout bytes.Buffer
+	stderr := &syncBuffer{}
+	code := Main(t.Context(), []string{"doctor", "--state-dir=" + dir}, nil, nil, &stdout, stderr)
+	told := make(map[string]string)
+	for line := range strings.Lines(stdout.String()) {
+		if words := strings.Fields(line); words[0] != "to" {
+			told[words[1]] = words[0]
+		}
+	}
+	missing := false
+	for _, name := range essential() {
+		if told["sandbox"] == "ok" && told[name] == "" {
+			t.Errorf("nothing is said about %s", name)
+		}
+		missing = missing || told[name] == "missing"
+	}
+	if (code != 0) != missing || missing != strings.Contains(stderr.String(), "essential and missing: ") {
+		t.Errorf("exit code %d\n%s%s", code, stdout.String(), stderr)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left %v, %v", left, err)
+	}
+}
