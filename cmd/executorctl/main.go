@@ -5,6 +5,7 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"os/user"
 
 	"github.com/harvest-run/executord/internal/cli"
 )
@@ -12,7 +13,10 @@ import (
 func main() {
 	env := os.Environ()
 	if host, err := os.Hostname(); err == nil {
-		env = append([]string{"HOSTNAME=" + host}, env...)
+		env = append(env, cli.HostVar+"="+host)
+	}
+	if u, err := user.Current(); err == nil {
+		env = append(env, cli.UserVar+"="+u.Username)
 	}
 	os.Exit(cli.Main(context.Background(), os.Args[1:], env, os.Stdin, os.Stdout, os.Stderr, ctrlC))
 }

@@ -221,19 +221,25 @@ func (a *app) say(format string, args ...any) {
 	fmt.Fprintln(a.stderr, "executorctl: "+printable(fmt.Sprintf(format, args...)))
 }
 
+// UserVar and HostVar are where Main's caller may say whose process this is, for
+// where the environment itself does not.
+const (
+	UserVar = "EXECUTORCTL_USER"
+	HostVar = "EXECUTORCTL_HOST"
+)
+
 // who names the caller for the records of the server.
 func (a *app) who(doing string) string {
-	user, host := a.env["USER"], a.env["HOSTNAME"]
-	if user == "" {
-		user = a.env["LOGNAME"]
+	first := func(names ...string) string {
+		for _, name := range names {
+			if v := a.env[name]; v != "" {
+				return v
+			}
+		}
+		return "unknown"
 	}
-	if user == "" {
-		user = "somebody"
-	}
-	if host == "" {
-		host = "somewhere"
-	}
-	return strings.ToValidUTF8(fmt.Sprintf("%.100s@%.100s %s", user, host, doing), "?")
+	name := fmt.Sprintf("%.100s@%.100s %s", first("USER", "LOGNAME", UserVar), first(HostVar, "HOSTNAME"), doing)
+	return strings.ToValidUTF8(name, "?")
 }
 
 // environment reads K=V entries; the last of a name wins.

@@ -94,7 +94,7 @@ func (a *app) executionsList() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list executions: %w", err)
 		}
-		if more {
+		if more && !cmd.Flags().Changed("limit") {
 			defer a.say("older ones are left out; --limit 0 lists all")
 		}
 		return printAll(a, all, executionColumns())

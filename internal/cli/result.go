@@ -78,7 +78,7 @@ func ending(r *executorv1.Result, timeout time.Duration) string {
 	default:
 		text = "ended for a reason that this version does not know"
 	}
-	if detail := r.GetDetail(); detail != "" {
+	if detail := r.GetDetail(); detail != "" && detail != text {
 		text += " (" + detail + ")"
 	}
 	return text

@@ -28,7 +28,7 @@ func TestEveryReasonHasItsCodeAndWords(t *testing.T) {
 		{&executorv1.Result{Reason: executorv1.Reason_REASON_SIGNALED, Signal: 11, Detail: "ended by SIGSEGV"}, 139, "killed by signal 11 (ended by SIGSEGV)"},
 		{&executorv1.Result{Reason: executorv1.Reason_REASON_SIGNALED}, 125, "killed by signal 0"},
 		{&executorv1.Result{Reason: executorv1.Reason_REASON_TIMED_OUT, Times: times, ExitCode: proto.Int32(0)}, 124, "timed out after 2s"},
-		{&executorv1.Result{Reason: executorv1.Reason_REASON_CANCELLED, CancelledBy: "ann@box"}, 130, "cancelled by ann@box"},
+		{&executorv1.Result{Reason: executorv1.Reason_REASON_CANCELLED, CancelledBy: "ann@box", Detail: "cancelled by ann@box"}, 130, "cancelled by ann@box"},
 		{&executorv1.Result{Reason: executorv1.Reason_REASON_CANCELLED}, 130, "cancelled"},
 		{&executorv1.Result{Reason: executorv1.Reason_REASON_OOM_KILLED, Detail: "64 MiB"}, 137, "out of memory (64 MiB)"},
 		{&executorv1.Result{Reason: executorv1.Reason_REASON_SESSION_ENDED}, 125, "its session ended"},

@@ -100,7 +100,7 @@ func (a *app) sessionList() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("list sessions: %w", err)
 		}
-		if more {
+		if more && !cmd.Flags().Changed("limit") {
 			defer a.say("older ones are left out; --limit 0 lists all")
 		}
 		return printAll(a, sessions, sessionColumns())

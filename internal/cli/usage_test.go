@@ -1,11 +1,13 @@
 package cli
 
 import (
+	"fmt"
 	"go/parser"
 	"go/token"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -13,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/harvest-run/executord/client/clienttest"
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 )
 
 func TestWrongCommandLines(t *testing.T) {
@@ -256,6 +259,51 @@ func TestImports(t *testing.T) {
 			if strings.HasPrefix(path, "google.golang.org/grpc") || ours && inside != "client" && inside != "internal/cli" && !strings.HasPrefix(inside, "gen/") {
 				t.Errorf("%s imports %s", file, path)
 			}
+		}
+	}
+}
+
+// TestListSaysWhatItLeavesOut: a list that is cut without being asked to says so.
+func TestListSaysWhatItLeavesOut(t *testing.T) {
+	s := clienttest.Start(t)
+	for i := range 103 {
+		s.Put(&executorv1.Execution{Name: fmt.Sprintf("executions/x%d", i+1)})
+	}
+	const note = "executorctl: older ones are left out; --limit 0 lists all\n"
+	for _, test := range []struct {
+		line  string
+		names int
+		note  string
+	}{
+		{"executions list -o name", 100, note},
+		{"executions list -o name --limit 101", 101, ""},
+		{"executions list -o name --limit 0", 103, ""},
+		{"executions list -o name --limit 200", 103, ""},
+	} {
+		got := invocation{args: command(test.line)}.run(t, s)
+		names := strings.Fields(got.stdout)
+		if got.code != 0 || len(names) != test.names || names[0] != "executions/x103" || got.stderr != test.note {
+			t.Errorf("%s: exit code %d, %d names, stderr %q", test.line, got.code, len(names), got.stderr)
+		}
+		if slices.Sort(names); len(slices.Compact(names)) != test.names {
+			t.Errorf("%s: names come twice", test.line)
+		}
+	}
+}
+
+func TestWho(t *testing.T) {
+	tests := []struct{ env, want string }{
+		{"", "unknown@unknown x"},
+		{"USER=ann LOGNAME=bob HOSTNAME=box", "ann@box x"},
+		{"LOGNAME=bob EXECUTORCTL_USER=root EXECUTORCTL_HOST=real HOSTNAME=box", "bob@real x"},
+		{"EXECUTORCTL_USER=root", "root@unknown x"},
+		{"USER=" + strings.Repeat("u", 300), strings.Repeat("u", 100) + "@unknown x"},
+		{"USER=\xff", "?@unknown x"},
+	}
+	for _, test := range tests {
+		a := &app{env: environment(strings.Fields(test.env))}
+		if got := a.who("x"); got != test.want {
+			t.Errorf("%s: %q, want %q", test.env, got, test.want)
 		}
 	}
 }
