@@ -1,0 +1,116 @@
+// Command bench measures executord beside what one would use instead, in one run on
+// one machine, turn by turn, and prints ratios: crun exec and crun run for commands, a
+// bare grpc-go stream from a pipe for output, os/exec for the floor. `make bench` runs
+// it; docs/performance.md keeps what it said. It needs root and crun.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	if len(os.Args) > 1 && roles()[os.Args[1]] != nil {
+		// A helper process of a measurement: see peers.go.
+		if err := roles()[os.Args[1]](os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// options of a run.
+type options struct {
+	n     int
+	bytes int64
+	idle  int
+}
+
+func run() error {
+	var o options
+	flag.IntVar(&o.n, "n", 200, "turns of each comparison of latency")
+	flag.Int64Var(&o.bytes, "bytes", 2_000_000_000, "bytes of each stream")
+	flag.IntVar(&o.idle, "idle", 200, "idle sandboxes to weigh")
+	only := flag.String("only", "", "run only the measurements whose name contains this")
+	binaries := flag.String("bin", "bin", "directory of executord")
+	flag.Parse()
+	if os.Geteuid() != 0 {
+		return errors.New("needs root: crun and control groups")
+	}
+	if _, err := exec.LookPath("crun"); err != nil {
+		return errors.New("needs crun: apt-get install crun")
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	d, err := startDaemon(ctx, *binaries)
+	if err != nil {
+		return err
+	}
+	defer d.stop()
+	fmt.Println("| measurement | executord p50 | p99 | beside it | p50 | p99 | ratio of p50 | target |")
+	fmt.Println("|---|---|---|---|---|---|---|---|")
+	for _, m := range []struct {
+		name    string
+		measure func(context.Context, *daemon, options) error
+	}{
+		{"exec", measureExec}, {"oneshot", measureOneShot}, {"stream", measureStream}, {"idle", measureIdle},
+	} {
+		if strings.Contains(m.name, *only) {
+			if err := m.measure(ctx, d, o); err != nil {
+				return fmt.Errorf("%s: %w", m.name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// sample is one side of a comparison.
+type sample []time.Duration
+
+func (s sample) quantile(q float64) time.Duration {
+	sorted := slices.Sorted(slices.Values(s))
+	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)]
+}
+
+// compare prints a row.
+func compare(name string, ours sample, other string, theirs sample, target string) {
+	fmt.Printf("| %s | %s | %s | %s | %s | %s | %.2f | %s |\n", name, ms(ours.quantile(.5)), ms(ours.quantile(.99)),
+		other, ms(theirs.quantile(.5)), ms(theirs.quantile(.99)), float64(ours.quantile(.5))/float64(theirs.quantile(.5)), target)
+}
+
+func ms(d time.Duration) string { return fmt.Sprintf("%.2f ms", float64(d.Microseconds())/1000) }
+
+// turns runs each side once per turn, so that what else the machine does falls on
+// all of them alike. The first turns warm up and do not count.
+func turns(ctx context.Context, n int, sides ...func() (time.Duration, error)) ([]sample, error) {
+	samples := make([]sample, len(sides))
+	for turn := -5; turn < n; turn++ {
+		for i := range sides {
+			if ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+			took, err := sides[i]()
+			if err != nil {
+				return nil, err
+			}
+			if turn >= 0 {
+				samples[i] = append(samples[i], took)
+			}
+		}
+	}
+	return samples, nil
+}
