@@ -37,7 +37,7 @@ func (c Command) Validate() error {
 	}
 	total := 0
 	for i, a := range c.Args {
-		total += len(a)
+		total += len(a) + 1 // with the byte that ends it, as the kernel counts
 		if err := noNUL("command.args["+strconv.Itoa(i)+"]", a); err != nil {
 			return err
 		}

@@ -6,8 +6,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
+
+	"github.com/oklog/ulid/v2"
 
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/fault"
@@ -27,6 +31,7 @@ type logs struct {
 
 	mu     sync.Mutex
 	opened map[string]*logHandle
+	closed bool
 }
 
 // logHandle is an open log; the last to release it closes it.
@@ -35,14 +40,23 @@ type logHandle struct {
 	id    string
 	home  *logs
 	users int
+	// condemned: it is removed when nobody uses it any more.
+	condemned bool
 }
 
 func newLogs(dir string) *logs { return &logs{dir: dir, opened: make(map[string]*logHandle)} }
 
+// path is where the log of an execution lies.
+func (l *logs) path(id string) string { return filepath.Join(l.dir, id) }
+
 // create makes the log of a new execution.
 func (l *logs) create(id string, retained int64) (*logHandle, error) {
-	log, err := eventlog.Create(eventlog.Config{Dir: logDir(l.dir, id), RetainedBytes: retained})
+	log, err := eventlog.Create(eventlog.Config{Dir: l.path(id), RetainedBytes: retained})
 	if err != nil {
+		if !errors.Is(err, fs.ErrExist) {
+			// What was made of it; if that cannot be removed either, the next start will.
+			_ = eventlog.Remove(l.path(id))
+		}
 		return nil, err
 	}
 	return l.keep(id, log), nil
@@ -52,11 +66,14 @@ func (l *logs) create(id string, retained int64) (*logHandle, error) {
 func (l *logs) open(id string) (*logHandle, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closed {
+		return nil, ErrClosed
+	}
 	if h, ok := l.opened[id]; ok {
 		h.users++
 		return h, nil
 	}
-	log, err := eventlog.Open(eventlog.Config{Dir: logDir(l.dir, id)})
+	log, err := eventlog.Open(eventlog.Config{Dir: l.path(id)})
 	if errors.Is(err, eventlog.ErrNoLog) || errors.Is(err, fs.ErrNotExist) {
 		return nil, fault.New(fault.NotFound, "LOG_NOT_FOUND", "the output of execution %q is no longer kept", id)
 	}
@@ -70,7 +87,7 @@ func (l *logs) open(id string) (*logHandle, error) {
 
 // openToWrite opens the log of an execution that goes on.
 func (l *logs) openToWrite(id string, retained int64) (*logHandle, error) {
-	log, err := eventlog.Open(eventlog.Config{Dir: logDir(l.dir, id), RetainedBytes: retained})
+	log, err := eventlog.Open(eventlog.Config{Dir: l.path(id), RetainedBytes: retained})
 	if err != nil {
 		return nil, err
 	}
@@ -85,28 +102,42 @@ func (l *logs) keep(id string, log *eventlog.Log) *logHandle {
 	return h
 }
 
-// remove deletes a log. Those who read it read on as far as they have it open.
-func (l *logs) remove(id string) error { return eventlog.Remove(logDir(l.dir, id)) }
+// remove deletes a log, once those who have it open are through with it.
+func (l *logs) remove(id string) error {
+	l.mu.Lock()
+	if h, ok := l.opened[id]; ok {
+		h.condemned = true
+		l.mu.Unlock()
+		return nil
+	}
+	l.mu.Unlock()
+	return eventlog.Remove(l.path(id))
+}
 
 // close closes every log; who waits for a record gets eventlog.ErrClosed.
 func (l *logs) close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.closed = true
 	var errs []error
 	for id, h := range l.opened {
-		errs = append(errs, h.Close())
 		delete(l.opened, id)
+		errs = append(errs, h.shut())
 	}
 	return errors.Join(errs...)
 }
 
-// strays removes logs that belong to no execution: their creation was cut off.
+// strays removes logs that belong to no execution: their creation was cut off, or
+// their removal. Whatever else lies there is not touched.
 func (l *logs) strays(known func(id string) (bool, error)) error {
 	entries, err := os.ReadDir(l.dir)
 	if err != nil {
 		return fmt.Errorf("list event logs: %w", err)
 	}
 	for _, e := range entries {
+		if _, err := ulid.ParseStrict(strings.ToUpper(e.Name())); err != nil || !e.IsDir() {
+			continue
+		}
 		ok, err := known(e.Name())
 		if err != nil {
 			return err
@@ -126,14 +157,26 @@ func (h *logHandle) release() {
 	h.users--
 	if h.users == 0 && h.home.opened[h.id] == h {
 		delete(h.home.opened, h.id)
-		_ = h.Close() // nothing is buffered; what had to be durable is
+		// Nothing is buffered, and what had to be durable is; a removal that fails is
+		// made up for at the next start.
+		_ = h.shut()
 	}
 }
 
-// discard removes the log of an execution that did not come to be.
-func (h *logHandle) discard() error {
-	h.release()
-	return h.home.remove(h.id)
+// shut closes the log and removes a condemned one. The caller holds home.mu.
+func (h *logHandle) shut() error {
+	err := h.Close()
+	if h.condemned {
+		err = errors.Join(err, eventlog.Remove(h.home.path(h.id)))
+	}
+	return err
+}
+
+// condemn has the log removed when its last user releases it.
+func (h *logHandle) condemn() {
+	h.home.mu.Lock()
+	defer h.home.mu.Unlock()
+	h.condemned = true
 }
 
 // position is the number of bytes of both streams that the log has, which is how
@@ -160,6 +203,15 @@ func (h *logHandle) result() (*Result, error) {
 
 var errNoResult = errors.New("the log has no result")
 
+// resultEntry is the record that ends a log.
+func resultEntry(r *Result) (eventlog.Entry, error) {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return eventlog.Entry{}, fmt.Errorf("encode result: %w", err)
+	}
+	return eventlog.Entry{Kind: kindResult, Data: data}, nil
+}
+
 func decodeResult(data []byte) (*Result, error) {
 	r := new(Result)
 	if err := json.Unmarshal(data, r); err != nil {
@@ -168,6 +220,13 @@ func decodeResult(data []byte) (*Result, error) {
 	return r, nil
 }
 
-func isDiskFull(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+// diskFault says that the disk is full in a way a caller can act on.
+func diskFault(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return &fault.Error{
+			Kind: fault.Exhausted, Reason: "DISK_FULL", Err: err, RetryAfter: diskRetry,
+			Message: "the disk under executord's state directory is full",
+		}
+	}
+	return err
 }

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/fault"
 )
@@ -14,8 +16,8 @@ import (
 // Recover takes up what an executord before this one left: what still runs is
 // followed on from the last byte in its log, what ended meanwhile is read out, and
 // what cannot be followed ends as SANDBOX_LOST. Nothing stays unfinished without a
-// run that leads it. Call it once, before anything else and after the sessions have
-// recovered.
+// run that leads it. Call it once, before anything else, and before the sessions
+// recover: one whose lifetime is over then ends its executions in order.
 func (s *Service) Recover(ctx context.Context) error {
 	unfinished, err := s.cfg.Store.UnfinishedExecutions(ctx)
 	if err != nil {
@@ -37,23 +39,31 @@ func (s *Service) Recover(ctx context.Context) error {
 
 func (s *Service) recover(ctx context.Context, e Execution) error {
 	handle, err := s.logs.openToWrite(e.ID, e.RetainedBytes)
-	if err != nil {
+	if errors.Is(err, eventlog.ErrNoLog) {
 		// The log is gone or beyond repair: what happens from here on goes into a new
-		// one, whose epoch tells watchers.
-		s.log.ErrorContext(ctx, "the log of an unfinished execution cannot be read; a new one begins", "execution", e.ID, "error", err)
-		if handle, err = s.renewLog(e); err != nil {
-			return err
-		}
-		e.Epoch = handle.Epoch()
+		// one, whose epoch tells watchers. Any other error may pass, and what lies there
+		// must not be thrown away for it.
+		s.log.ErrorContext(ctx, "an unfinished execution has no log; a new one begins", "execution", e.ID, "error", err)
+		handle, err = s.renewLog(e)
+	}
+	if err != nil {
+		return err
 	}
 	if n := handle.Repaired(); n > 0 {
 		s.log.WarnContext(ctx, "cut a torn end off an event log", "execution", e.ID, "bytes", n)
 	}
+	if handle.Sequence() == 0 {
+		if err := handle.Append(e.CreateTime, eventlog.Entry{Kind: kindStarted}); err != nil {
+			handle.release()
+			return err
+		}
+	}
+	e.Epoch = handle.Epoch()
 	runCtx, r := newRun(s, e, handle, nil)
-	r.times.Started = e.StartTime
+	r.resumed, r.begun, r.times.Started = true, e.State > Starting, e.StartTime
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.addLocked(r)
-	s.mu.Unlock()
 	s.work.Go(func() { r.resume(runCtx) })
 	return nil
 }
@@ -62,11 +72,7 @@ func (s *Service) renewLog(e Execution) (*logHandle, error) {
 	if err := s.logs.remove(e.ID); err != nil {
 		return nil, err
 	}
-	handle, err := s.logs.create(e.ID, e.RetainedBytes)
-	if err != nil {
-		return nil, err
-	}
-	return handle, handle.Append(time.Now(), eventlog.Entry{Kind: kindStarted})
+	return s.logs.create(e.ID, e.RetainedBytes)
 }
 
 // resume leads an execution to its end that another executord began.
@@ -85,6 +91,10 @@ func (r *run) resume(ctx context.Context) {
 
 // resettle records an end that reached the log and not the store.
 func (r *run) resettle(ctx context.Context) {
+	// What sealed the log may have been cut off before that was on the disk.
+	if r.persist(ctx, "sync the log", r.log.Sync) != nil {
+		return
+	}
 	result, err := r.log.result()
 	if err != nil {
 		r.service.log.ErrorContext(ctx, "a sealed log has no result", "execution", r.id, "error", err)
@@ -92,46 +102,67 @@ func (r *run) resettle(ctx context.Context) {
 		r.complete(result)
 	}
 	r.mu.Lock()
-	r.record.State, r.record.Result, r.record.EndTime = Ended, result, result.Times.Ended
-	r.record.StartTime = result.Times.Started
+	r.result = result
 	r.mu.Unlock()
 	r.settle(ctx)
+	r.letGo(ctx)
 }
 
 // find opens the sandbox and asks its guest for the command. A result means that it
-// cannot be followed.
+// cannot be followed; nil also that the Service is closing.
 func (r *run) find(ctx context.Context) *Result {
-	s := r.service
-	var err error
-	if r.session != "" {
-		r.sandbox, err = s.cfg.Sessions.Sandbox(ctx, r.session)
-	} else {
-		r.sandbox, err = s.cfg.Engine.Open(ctx, r.record.Sandbox)
-	}
+	sandbox, err := r.look(ctx)
 	if err != nil {
-		r.sandbox = nil
-		if k := fault.KindOf(err); k != fault.NotFound && k != fault.FailedPrecondition {
-			s.log.ErrorContext(ctx, "open the sandbox of an unfinished execution", "execution", r.id, "error", err)
+		if ctx.Err() != nil {
+			return nil
 		}
-		return &Result{
+		r.service.log.WarnContext(ctx, "an unfinished execution has no sandbox", "execution", r.id, "error", err)
+		res := &Result{
 			Reason: SandboxLost, TreeEmpty: fault.KindOf(err) == fault.NotFound,
 			Detail: "its sandbox was gone when executord started again; whether the command finished is not known",
 		}
+		if o := r.ordered(); o != nil && o.reason != SessionEnded {
+			stopped(o, res)
+		}
+		return res
 	}
-	r.guest = s.guests.of(ctx, r.sandbox, r.session != "")
-	info, err := r.guest.Info(ctx)
+	r.sandbox = sandbox
+	r.meet(ctx)
+	var info *guestv1.InfoResponse
+	err = r.ask(ctx, func(ctx context.Context) (err error) {
+		info, err = r.guest.Info(ctx)
+		return err
+	})
 	if err != nil {
 		return r.lost(ctx, err)
 	}
 	if !slices.Contains(info.GetExecutions(), r.id) {
+		if r.hasBegun() {
+			return r.lost(ctx, errors.New("the guest does not know the command any more"))
+		}
 		return startFailed("not_started", errors.New("executord was stopped before the command was started; nothing ran"))
 	}
 	command := r.record.Command.withDefaults()
 	r.mu.Lock()
-	r.record.State = Running
+	r.record.State = max(r.record.State, Running)
 	r.mu.Unlock()
 	// How long it has run is the guest's to know; it is given the whole time once more
 	// before the guest is doubted.
 	r.deadline = time.Now().Add(command.Timeout + *command.GracePeriod + guestSlack)
 	return nil
+}
+
+// look opens the sandbox. An engine that has troubles of its own is given a while.
+func (r *run) look(ctx context.Context) (engine.Sandbox, error) {
+	for since := time.Now(); ; {
+		bounded, cancel := context.WithTimeoutCause(ctx, unreachable, fmt.Errorf("no answer within %v", unreachable))
+		sandbox, err := r.service.cfg.Engine.Open(bounded, r.record.Sandbox)
+		cancel()
+		if err == nil {
+			return sandbox, nil
+		}
+		if fault.KindOf(err) == fault.NotFound || time.Since(since) >= unreachable || !pause(ctx, guestRetry) {
+			return nil, err
+		}
+	}
 }

@@ -6,16 +6,31 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/eventlog"
+)
+
+const (
+	// maxDetail bounds the texts of a result. With it the result fits into one record
+	// of the log whatever is in them: in JSON a byte takes up to six.
+	maxDetail = 3 << 10
+	// maxFact bounds who cancelled, and each fact of the evidence.
+	maxFact = 256
+	// maxReaped is more processes than a host can have.
+	maxReaped = 1 << 30
+	// maxMicros is 35 years: what a guest can tell must not overflow.
+	maxMicros = 1 << 50
 )
 
 // exited turns what the guest told into the result.
 func (r *run) exited(ctx context.Context, exit *guestv1.Exit) *Result {
 	res := &Result{
-		Reaped: int32(min(exit.GetReaped(), 1<<30)), TreeEmpty: exit.GetTreeEmpty(), Killed: exit.GetKilled(),
+		Reaped: int32(min(exit.GetReaped(), maxReaped)), TreeEmpty: exit.GetTreeEmpty(), Killed: exit.GetKilled(),
 		Usage: Usage{
 			CPUUser:         micros(exit.GetCpuUserMicros()),
 			CPUSystem:       micros(exit.GetCpuSystemMicros()),
@@ -23,76 +38,120 @@ func (r *run) exited(ctx context.Context, exit *guestv1.Exit) *Result {
 		},
 		Evidence: make(map[string]string),
 	}
-	res.Times.Ended = time.Now()
-	if r.times.Started.IsZero() {
-		// Followed since a restart: the guest knows how long it ran.
-		r.times.Started = res.Times.Ended.Add(-micros(exit.GetRunMicros()))
+	r.clock(res, exit)
+	used := r.usage(ctx)
+	if r.session == "" && used.PeakMemoryBytes > 0 {
+		res.Usage.PeakMemoryBytes = used.PeakMemoryBytes
 	}
-	if exit.FirstOutputMicros != nil {
-		r.times.FirstOutput = r.times.Started.Add(micros(exit.GetFirstOutputMicros()))
-	}
-	usage, oomKills := r.guest.usage(ctx)
-	if r.session == "" && usage.PeakMemoryBytes > 0 {
-		res.Usage.PeakMemoryBytes = usage.PeakMemoryBytes
-	}
-	if usage.PIDsRefused > 0 {
-		res.Evidence["forks_refused"] = strconv.FormatInt(usage.PIDsRefused, 10)
-		res.Evidence["pids_limit"] = strconv.FormatInt(r.record.Limits.PIDs, 10)
-	}
-	r.decide(res, exit, oomKills)
+	r.attest(res, used)
+	r.decide(res, exit, used.OOMKills)
 	if res.Reason != Exited && res.Reason != Signaled && r.session == "" {
 		// The guest says that the tree is empty; for an end that was forced the engine
 		// has the last word before the result is told.
-		remains, err := r.sandbox.Terminate(ctx)
-		res.Reaped += int32(remains.Processes)
+		remains, err := r.terminate(ctx)
+		res.Reaped = int32(min(int(res.Reaped)+max(remains.Processes, 0), maxReaped))
 		res.TreeEmpty = err == nil
 	}
 	return res
 }
 
-// decide finds the reason.
-func (r *run) decide(res *Result, exit *guestv1.Exit, oomKills int64) {
-	signal := int32(0)
-	switch status := exit.GetStatus().(type) {
-	case *guestv1.Exit_Code:
-		code := status.Code & 0xff
-		res.ExitCode = &code
-	case *guestv1.Exit_Signal:
-		signal = status.Signal
-		res.Signal = signal
+// clock finds the times. The guest's clock is not looked at, only what it measured,
+// and that is kept between what executord knows.
+func (r *run) clock(res *Result, exit *guestv1.Exit) {
+	now := time.Now()
+	ran := micros(exit.GetRunMicros())
+	res.Times.Ended = now
+	switch {
+	case !r.resumed:
+	case r.times.Started.IsZero():
+		// Nobody noted when it was started.
+		r.times.Started = latest(now.Add(-ran), r.times.Queued)
+	default:
+		// It can have ended long before this executord came to ask.
+		if at := r.times.Started.Add(ran); at.Before(now) {
+			res.Times.Ended = at
+		}
 	}
-	if oomKills > 0 {
-		res.Evidence["oom_kills"] = strconv.FormatInt(oomKills, 10)
+	if exit.FirstOutputMicros != nil {
+		r.times.FirstOutput = r.times.Started.Add(micros(exit.GetFirstOutputMicros()))
+		if r.times.FirstOutput.After(res.Times.Ended) {
+			r.times.FirstOutput = res.Times.Ended
+		}
+	}
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
+// usage reads what the engine counted since the command was started. Without an
+// answer the result lacks figures, not truth.
+func (r *run) usage(ctx context.Context) engine.Usage {
+	bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), answerTime, fmt.Errorf("no answer within %v", answerTime))
+	defer cancel()
+	used, err := r.sandbox.Usage(bounded)
+	if err != nil {
+		return engine.Usage{}
+	}
+	used.OOMKills = max(used.OOMKills-r.before.OOMKills, 0)
+	used.PIDsRefused = max(used.PIDsRefused-r.before.PIDsRefused, 0)
+	return used
+}
+
+// attest adds to the evidence which limits were reached.
+func (r *run) attest(res *Result, used engine.Usage) {
+	if used.OOMKills > 0 {
+		res.Evidence["oom_kills"] = strconv.FormatInt(used.OOMKills, 10)
 		res.Evidence["memory_limit_bytes"] = strconv.FormatInt(r.record.Limits.MemoryBytes, 10)
 	}
-	order := r.ordered()
+	if used.PIDsRefused > 0 {
+		res.Evidence["forks_refused"] = strconv.FormatInt(used.PIDsRefused, 10)
+		res.Evidence["pids_limit"] = strconv.FormatInt(r.record.Limits.PIDs, 10)
+	}
+}
+
+// decide finds the reason.
+func (r *run) decide(res *Result, exit *guestv1.Exit, oomKills int64) {
+	switch status := exit.GetStatus().(type) {
+	case *guestv1.Exit_Code:
+		res.ExitCode = &status.Code
+	case *guestv1.Exit_Signal:
+		res.Signal = status.Signal
+	}
+	order, cause := r.ordered(), exit.GetStopCause()
 	switch {
-	case exit.GetStopCause() == guestv1.StopCause_STOP_CAUSE_REQUESTED && order != nil:
+	case cause == guestv1.StopCause_STOP_CAUSE_REQUESTED && order != nil:
 		stopped(order, res)
-	case exit.GetStopCause() == guestv1.StopCause_STOP_CAUSE_TIMEOUT:
+	case cause == guestv1.StopCause_STOP_CAUSE_REQUESTED && r.resumed:
+		res.Reason = Cancelled
+		res.Detail = "ordered to stop before executord started again; who ordered it is not known any more"
+	case cause == guestv1.StopCause_STOP_CAUSE_TIMEOUT:
 		res.Reason = TimedOut
 		res.Detail = fmt.Sprintf("ran longer than its timeout of %v", r.record.Command.Timeout)
-	case oomKills > 0 && killedHere(signal, res.ExitCode):
+	case oomKills > 0 && killedHere(res):
 		res.Reason = OOMKilled
 		res.Detail = fmt.Sprintf("the kernel killed it: its sandbox used up its memory limit of %d bytes", r.record.Limits.MemoryBytes)
-	case signal != 0:
+	case res.Signal != 0:
 		res.Reason = Signaled
-		res.Detail = "ended by " + signalName(signal)
+		res.Detail = "ended by " + signalName(res.Signal)
 		if exit.GetCoreDumped() {
 			res.Evidence["core_dumped"] = "true"
 		}
 	default:
 		res.Reason = Exited
 		if oomKills > 0 {
-			res.Detail = "the memory limit of its sandbox was reached and the kernel killed a process of it"
+			res.Detail = "the memory limit of its sandbox was reached and the kernel killed a process in it"
 		}
 	}
 }
 
 // killedHere says whether the leader itself was killed, or is a shell that tells
 // with its exit code that its last command was.
-func killedHere(signal int32, code *int32) bool {
-	return signal == int32(unix.SIGKILL) || code != nil && *code == 128+int32(unix.SIGKILL)
+func killedHere(res *Result) bool {
+	return res.Signal == int32(unix.SIGKILL) || res.ExitCode != nil && *res.ExitCode == 128+int32(unix.SIGKILL)
 }
 
 // stopped gives a result the reason of an order.
@@ -101,32 +160,82 @@ func stopped(o *stopOrder, res *Result) *Result {
 	return res
 }
 
-// lost is the result when the guest cannot be asked any more. What became of the
-// command is not known, unless it was being stopped anyway.
+// lost is the result when the guest cannot be asked any more, or cannot be believed.
+// What became of the command is not known, unless it was being stopped anyway. nil
+// when the Service is closing.
 func (r *run) lost(ctx context.Context, cause error) *Result {
 	if ctx.Err() != nil {
 		return nil
 	}
-	res := &Result{Reason: SandboxLost, Detail: "the sandbox ended while the command ran; whether it finished is not known"}
-	if !r.gone() {
-		res.Detail = fmt.Sprintf("the sandbox was ended because its guest did not answer (%v); whether the command finished is not known", cause)
+	gone, order := ended(r.sandbox), r.ordered()
+	res := &Result{Reason: SandboxLost, Evidence: make(map[string]string)}
+	unknown := "whether the command finished is not known"
+	if !r.hasBegun() {
+		unknown = "whether the command was started is not known"
 	}
-	if o := r.ordered(); o != nil {
-		stopped(o, res)
-	} else if !r.times.Started.IsZero() && r.record.Command.Timeout > 0 && time.Since(r.times.Started) > r.record.Command.Timeout {
+	switch {
+	case order != nil && (order.reason != SessionEnded || r.told || !gone):
+		// A session is also ended because its sandbox is gone; that is no order then.
+		stopped(order, res)
+	case gone:
+		res.Detail = "the sandbox ended while the command ran; " + unknown
+	case r.overdue():
 		res.Reason = TimedOut
-		res.Detail = fmt.Sprintf("ran longer than its timeout of %v; the guest did not end it, so its sandbox was ended", r.record.Command.Timeout)
+		res.Detail = fmt.Sprintf("ran longer than its timeout of %v; the guest did not end it", r.record.Command.Timeout)
+	default:
+		res.Detail = fmt.Sprintf("the command was given up (%v); %s", cause, unknown)
 	}
-	usage, err := r.sandbox.Usage(ctx)
-	if err == nil {
-		res.Usage = Usage{CPUUser: usage.CPU, PeakMemoryBytes: usage.PeakMemoryBytes}
-		if usage.OOMKills > 0 {
-			res.Evidence = map[string]string{"oom_kills": strconv.FormatInt(usage.OOMKills, 10)}
+	if !gone {
+		res.Evidence["cause"] = cause.Error()
+	}
+	used := r.usage(ctx)
+	r.attest(res, used)
+	if r.session == "" {
+		res.Usage = Usage{CPUUser: used.CPU, PeakMemoryBytes: used.PeakMemoryBytes}
+	}
+	remains, err := r.clear(ctx)
+	res.Reaped = int32(min(max(remains.Processes, 0), maxReaped))
+	res.TreeEmpty, res.Killed = err == nil, remains.Processes > 0
+	return res
+}
+
+// clear ends what is left of a command that cannot be followed. In a session the
+// guest may still be able to end its tree alone; if not, the sandbox goes, with all
+// that runs in it.
+func (r *run) clear(ctx context.Context) (engine.Remains, error) {
+	if r.session == "" {
+		return r.terminate(ctx)
+	}
+	if !ended(r.sandbox) {
+		r.mu.Lock()
+		r.record.State = max(r.record.State, Stopping)
+		r.mu.Unlock()
+		r.note(ctx) // so that nobody after us takes it for one that was never started
+		err := r.clearTree(ctx)
+		if err == nil {
+			return engine.Remains{}, nil
+		}
+		r.service.log.ErrorContext(ctx, "a session's sandbox is ended because its guest cannot end a command",
+			"session", r.session, "execution", r.id, "error", err)
+	}
+	return r.terminate(ctx)
+}
+
+// clearTree has the guest kill the command's tree. A guest releases only what has ended.
+func (r *run) clearTree(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), answerTime, errNoAnswer)
+	defer cancel()
+	for {
+		err := r.guest.Stop(ctx, r.id, 0)
+		if err == nil || answered(err) {
+			if err = r.guest.Release(ctx, r.id); err == nil {
+				return nil
+			}
+		}
+		if !pause(ctx, guestRetry) {
+			return err
 		}
 	}
-	remains, err := r.sandbox.Terminate(ctx)
-	res.Reaped, res.TreeEmpty, res.Killed = int32(remains.Processes), err == nil, remains.Processes > 0
-	return res
 }
 
 // startFailed is the result when nothing ran.
@@ -135,22 +244,21 @@ func startFailed(kind string, err error) *Result {
 }
 
 // noInterpreter says which package would have what is missing.
-func noInterpreter(c Command) *Result {
+func noInterpreter(c Command, missing error) *Result {
 	how := interpreters()[c.Language]
 	return &Result{
 		Reason: StartFailed, TreeEmpty: true,
-		Detail: fmt.Sprintf("%s is not in the sandbox's image; on the host of executord: apt-get install %s", how.programs[0], how.pkg),
+		Detail: fmt.Sprintf("%s is not in the sandbox's image; on the host of executord: apt-get install %s (%v)", how.programs[0], how.pkg, missing),
 		Evidence: map[string]string{
 			"kind": "no_interpreter", "program": how.programs[0], "package": how.pkg,
 		},
 	}
 }
 
-// isWorkingDirectory tells a missing directory from a missing program.
-func isWorkingDirectory(err error) bool { return strings.HasPrefix(err.Error(), "working directory") }
-
 func kindName(k guestv1.Error_Kind) string {
 	switch k {
+	case guestv1.Error_KIND_NO_SUCH_PROGRAM:
+		return "not_found"
 	case guestv1.Error_KIND_NOT_EXECUTABLE:
 		return "not_executable"
 	case guestv1.Error_KIND_EXHAUSTED:
@@ -160,7 +268,7 @@ func kindName(k guestv1.Error_Kind) string {
 	}
 }
 
-// complete adds what every result has.
+// complete adds what every result has, and cuts what would not fit into the log.
 func (r *run) complete(res *Result) {
 	ended := res.Times.Ended
 	if ended.IsZero() {
@@ -169,17 +277,36 @@ func (r *run) complete(res *Result) {
 	res.Times = r.times
 	res.Times.Ended = ended
 	stdout, stderr := r.log.Totals()
-	res.Totals = []StreamTotal{
-		{Stream: "stdout", Size: stdout.Size, CRC32C: stdout.CRC32C, Dropped: stdout.Dropped},
-		{Stream: "stderr", Size: stderr.Size, CRC32C: stderr.CRC32C, Dropped: stderr.Dropped},
-	}
+	res.Totals = []StreamTotal{totalOf("stdout", stdout), totalOf("stderr", stderr)}
+	res.Detail, res.CancelledBy = clip(res.Detail, maxDetail), clip(res.CancelledBy, maxFact)
 	if len(res.Evidence) == 0 {
 		res.Evidence = nil
 	}
+	for name, fact := range res.Evidence {
+		res.Evidence[name] = clip(fact, maxFact)
+	}
 }
 
-// micros bounds what a guest can tell: an absurd number must not overflow.
-func micros(n uint64) time.Duration { return time.Duration(min(n, 1<<50)) * time.Microsecond }
+func totalOf(stream string, t eventlog.Total) StreamTotal {
+	return StreamTotal{Stream: stream, Size: t.Size, CRC32C: t.CRC32C, Dropped: t.Dropped}
+}
+
+// clip makes valid UTF-8 of at most n bytes of a text that anybody can have written.
+func clip(s string, n int) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	if len(s) <= n {
+		return s
+	}
+	const more = "…"
+	cut := n - len(more)
+	for !utf8.RuneStart(s[cut]) {
+		cut--
+	}
+	return s[:cut] + more
+}
+
+// micros bounds what a guest can tell.
+func micros(n uint64) time.Duration { return time.Duration(min(n, maxMicros)) * time.Microsecond }
 
 func signalName(n int32) string {
 	if name := unix.SignalName(unix.Signal(n)); name != "" {

@@ -2,35 +2,37 @@ package execution
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
 	"time"
 
-	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/engine"
-	"github.com/harvest-run/executord/internal/eventlog"
-	"github.com/harvest-run/executord/internal/guestclient"
+	"github.com/harvest-run/executord/internal/fault"
 )
 
 const (
-	// readBytes is the most that is taken from the guest at a time.
-	readBytes = 256 << 10
-	// readWait is how long the guest waits for something to tell.
-	readWait = 20 * time.Second
-	// coalesce is the time in which small pieces of output are gathered into one
-	// event. The first piece after a silence is never kept waiting.
-	coalesce = 5 * time.Millisecond
-	// smallRead is what counts as a small piece.
-	smallRead = 4 << 10
 	// guestSlack is how much later than it should the guest may end a command before
 	// its sandbox is ended instead.
 	guestSlack = 15 * time.Second
-	// unreachable is how long a guest that lives may not answer.
+	// answerTime is how long the guest may take to answer beyond what it was asked to
+	// wait.
+	answerTime = 10 * time.Second
+	// unreachable is how long a guest that lives may fail to answer.
 	unreachable = 30 * time.Second
+	// guestRetry lies between two attempts to reach a guest.
+	guestRetry = 100 * time.Millisecond
 	// sandboxTime bounds the making and the ending of a sandbox.
 	sandboxTime = 2 * time.Minute
+	// firstRetry lies between the first two attempts to write something or to end a
+	// sandbox; it doubles up to lastRetry.
+	firstRetry = 50 * time.Millisecond
+	lastRetry  = time.Second
+	// diskRetry is when a caller may come back after a full disk.
+	diskRetry = 10 * time.Second
+	// noteAfter is how long a command runs before the store is told since when. Most
+	// have ended by then and are not worth the write.
+	noteAfter = 2 * time.Second
 )
 
 // run is an execution that has not ended. One goroutine leads it from begin or
@@ -47,11 +49,17 @@ type run struct {
 	// Owned by the leading goroutine.
 	sandbox  engine.Sandbox
 	guest    *guest
+	before   engine.Usage // what others had used in the sandbox before
 	times    Times
 	deadline time.Time // when the guest should have ended it by itself
+	resumed  bool      // another executord began it
+	begun    bool      // the command is known to have been started
+	told     bool      // the guest has confirmed an order to stop
+	noteAt   time.Time // when to tell the store that it runs; zero: not any more
 
 	mu        sync.Mutex
-	record    Execution
+	record    Execution  // without what result tells
+	result    *Result    // in force once the log is sealed with it
 	order     *stopOrder // the first one; its reason counts
 	grace     time.Duration
 	fresh     bool                    // an order has not reached the guest
@@ -66,8 +74,14 @@ type stopOrder struct {
 	detail string
 }
 
-// errOrdered interrupts a wait because there is a new order.
-var errOrdered = errors.New("the execution was ordered to stop")
+var (
+	// errOrdered interrupts a wait because there is a new order.
+	errOrdered = errors.New("the execution was ordered to stop")
+	// errNoAnswer ends a request that takes too long.
+	errNoAnswer = fmt.Errorf("the guest did not answer within %v", answerTime)
+	// errFinal is wrapped by an error after which persist does not try again.
+	errFinal = errors.New("given up")
+)
 
 // newRun makes a run and the context of its leading goroutine, which outlives the
 // request that it came from.
@@ -88,11 +102,23 @@ func (r *run) leave() {
 	close(r.left)
 }
 
-// snapshot is the execution as it is now.
+// forget ends a run whose execution did not come to be.
+func (r *run) forget() {
+	r.log.condemn()
+	close(r.done)
+	r.leave()
+}
+
+// snapshot is the execution as it is now. It has ended when that stands in its log
+// for good, and not a moment sooner: what was told once must be true after a crash.
 func (r *run) snapshot() Execution {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	e := r.record
+	if r.result != nil && r.log.Sealed() {
+		e.State, e.Result = Ended, r.result
+		e.StartTime, e.EndTime = r.result.Times.Started, r.result.Times.Ended
+	}
 	e.Sequence = r.log.Sequence()
 	return e
 }
@@ -132,28 +158,22 @@ func (r *run) stop(o stopOrder) {
 	} else if grace >= r.grace {
 		return
 	}
-	r.grace = min(r.grace, grace)
+	r.grace = grace
 	r.fresh = true
-	if r.record.State < Stopping {
-		r.record.State = Stopping
-	}
+	r.record.State = max(r.record.State, Stopping)
 	if r.interrupt != nil {
 		r.interrupt(errOrdered)
 	}
 }
 
-// interruptible returns a context that a new order ends, and the order if one has
-// not been carried out yet.
-func (r *run) interruptible(ctx context.Context) (context.Context, context.CancelCauseFunc, *stopOrder, time.Duration) {
+// interruptible returns a context that a new order ends; one that is there already
+// does not end it.
+func (r *run) interruptible(ctx context.Context) (context.Context, context.CancelCauseFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.interrupt = cancel
-	if !r.fresh {
-		return ctx, cancel, nil, 0
-	}
-	r.fresh = false
-	return ctx, cancel, r.order, r.grace
+	return ctx, cancel
 }
 
 func (r *run) ordered() *stopOrder {
@@ -161,6 +181,36 @@ func (r *run) ordered() *stopOrder {
 	defer r.mu.Unlock()
 	return r.order
 }
+
+// relay hands an order to the guest that it has not got.
+func (r *run) relay(ctx context.Context) error {
+	r.mu.Lock()
+	fresh, grace := r.fresh, r.grace
+	r.fresh = false
+	r.mu.Unlock()
+	if !fresh {
+		return nil
+	}
+	if due := time.Now().Add(grace + guestSlack); r.deadline.IsZero() || due.Before(r.deadline) {
+		r.deadline = due
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	defer cancel()
+	if err := r.guest.Stop(ctx, r.id, grace); err != nil {
+		r.mu.Lock()
+		r.fresh = true // to be tried again
+		r.mu.Unlock()
+		return err
+	}
+	r.told = true
+	return nil
+}
+
+// hasBegun says whether the command is known to have been started.
+func (r *run) hasBegun() bool { return r.begun || r.log.Sequence() > 1 }
+
+// overdue says whether the guest should have told the end by now.
+func (r *run) overdue() bool { return !r.deadline.IsZero() && time.Now().After(r.deadline) }
 
 // begin leads a new execution to its end.
 func (r *run) begin(ctx context.Context, command Command) {
@@ -172,186 +222,134 @@ func (r *run) begin(ctx context.Context, command Command) {
 	r.end(ctx, result)
 }
 
-// launch gets a sandbox and starts the command in it. A result means that it did
-// not come to run.
-func (r *run) launch(ctx context.Context, command Command) *Result {
-	if r.sandbox == nil {
-		if result := r.makeSandbox(ctx); result != nil || ctx.Err() != nil {
-			return result
+// end records the result: in the log, where watchers see it, then in the store, and
+// lets go of the sandbox. A nil result means that the Service is closing and the
+// execution goes on without us. One that is there is recorded even so, at least once
+// tried: what it tells may not be found out again.
+func (r *run) end(ctx context.Context, result *Result) {
+	if result == nil {
+		if !r.noteAt.IsZero() {
+			r.note(ctx)
 		}
+		return
 	}
-	r.times.SandboxReady = time.Now()
-	r.guest = r.service.guests.of(ctx, r.sandbox, r.session != "")
-	// A guest that does not answer is not waited for longer than later on.
-	ctx, cancel := context.WithTimeoutCause(ctx, unreachable, fmt.Errorf("no answer within %v", unreachable))
-	defer cancel()
-	for i := 0; ; i++ {
-		request, ok := command.startRequest(r.id, i)
-		if !ok {
-			return noInterpreter(command)
-		}
-		started, err := r.guest.Start(ctx, request)
-		switch guestclient.KindOf(err) {
-		case guestv1.Error_KIND_NO_SUCH_PROGRAM:
-			if len(command.Args) == 0 && !isWorkingDirectory(err) {
-				continue
-			}
-			return startFailed("not_found", err)
-		case guestv1.Error_KIND_UNSPECIFIED:
-			if err != nil {
-				return r.lost(ctx, err)
-			}
-		default:
-			return startFailed(kindName(guestclient.KindOf(err)), err)
-		}
-		r.running(time.Now(), command, started)
-		return nil
+	r.complete(result)
+	entry, err := resultEntry(result)
+	if err != nil {
+		r.service.log.ErrorContext(ctx, "an execution stays without an end", "execution", r.id, "error", err)
+		return
 	}
-}
-
-func (r *run) running(now time.Time, command Command, _ *guestv1.StartResponse) {
-	r.times.Started = now
-	r.deadline = now.Add(command.Timeout + *command.GracePeriod + guestSlack)
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.record.StartTime = now
-	if r.record.State < Running {
-		r.record.State = Running
+	r.result = result
+	r.mu.Unlock()
+	if r.persist(ctx, "seal the log", func() error { return r.log.Seal(result.Times.Ended, entry) }) != nil {
+		return
+	}
+	r.settle(ctx)
+	r.letGo(ctx)
+}
+
+// settle writes the end into the store and tells those who wait. From then on it is
+// the store that is asked.
+func (r *run) settle(ctx context.Context) {
+	final := r.snapshot()
+	err := r.persist(ctx, "record the end", func() error { return r.update(ctx, final) })
+	if err == nil || errors.Is(err, errFinal) {
+		r.service.dismiss(r)
+		close(r.done)
 	}
 }
 
-// makeSandbox makes the sandbox of a one-shot; an order to stop ends the making.
-func (r *run) makeSandbox(ctx context.Context) *Result {
-	ctx, cancel, order, _ := r.interruptible(ctx)
-	defer cancel(nil)
-	if order == nil {
-		ctx, stop := context.WithTimeoutCause(ctx, sandboxTime, fmt.Errorf("no sandbox within %v", sandboxTime))
-		defer stop()
-		var err error
-		r.sandbox, err = r.service.cfg.Engine.Create(ctx, engine.Spec{ID: r.record.Sandbox, Limits: r.record.Limits})
-		if err == nil {
-			return nil
-		}
-		if r.ordered() == nil {
-			return startFailed("no_sandbox", err)
-		}
-	}
-	return stopped(r.ordered(), &Result{TreeEmpty: true})
-}
-
-// follow moves output from the guest to the log until the command has ended.
-func (r *run) follow(ctx context.Context) *Result {
-	var lastAppend time.Time
-	var silentSince time.Time // since when the guest does not answer
-	for {
-		out, err := r.read(ctx)
-		switch {
-		case ctx.Err() != nil:
-			return nil // the Service is closing: an executord after this one goes on
-		case errors.Is(err, errOrdered):
-			continue
-		case err != nil:
-			if silentSince.IsZero() {
-				silentSince = time.Now()
-			}
-			if r.gone() || guestclient.KindOf(err) != guestv1.Error_KIND_UNSPECIFIED || time.Since(silentSince) > unreachable {
-				return r.lost(ctx, err)
-			}
-			pause(ctx, coalesce)
-			continue
-		}
-		silentSince = time.Time{}
-		size := 0
-		for _, c := range out.Chunks {
-			size += len(c.Data)
-		}
-		now := time.Now()
-		if size > 0 {
-			if r.times.FirstOutput.IsZero() {
-				r.times.FirstOutput = now
-			}
-			if !r.append(ctx, out) {
-				out.Release()
-				return nil
-			}
-		}
-		exit := out.Exit
-		out.Release()
-		if exit != nil {
-			return r.exited(ctx, exit)
-		}
-		if r.overdue(now) {
-			return r.lost(ctx, errors.New("the guest did not end the command when it should have"))
-		}
-		if size > 0 && size < smallRead && now.Sub(lastAppend) < coalesce {
-			pause(ctx, coalesce-now.Sub(lastAppend))
-		}
-		if size > 0 {
-			lastAppend = now
-		}
+// note tells the store that the command runs and since when, for an executord that
+// has to go on with it.
+func (r *run) note(ctx context.Context) {
+	r.noteAt = time.Time{}
+	if err := r.update(ctx, r.snapshot()); err != nil {
+		r.service.log.WarnContext(ctx, "cannot note the start of an execution", "execution", r.id, "error", err)
 	}
 }
 
-// read hands a new order to the guest and reads from where the log ends.
-func (r *run) read(ctx context.Context) (*guestclient.Output, error) {
-	ctx, cancel, order, grace := r.interruptible(ctx)
-	defer cancel(nil)
-	if order != nil {
-		r.deadline = time.Now().Add(grace + guestSlack)
-		if err := r.guest.Stop(ctx, r.id, grace); err != nil {
-			r.mu.Lock()
-			r.fresh = true // to be tried again
-			r.mu.Unlock()
-			return nil, err
-		}
+// update writes a state into the store. The write is finished also when the Service
+// is being closed.
+func (r *run) update(ctx context.Context, e Execution) error {
+	err := r.service.cfg.Store.UpdateExecution(context.WithoutCancel(ctx), e)
+	if fault.KindOf(err) == fault.NotFound {
+		return fmt.Errorf("%w: %w", errFinal, err) // somebody took the record away: there is nothing to keep
 	}
-	wait := min(readWait, max(time.Until(r.deadline), 10*time.Millisecond))
-	return r.guest.Read(ctx, r.id, r.log.position(), readBytes, wait)
+	return err
 }
 
-// overdue says whether the guest should have told the end by now.
-func (r *run) overdue(now time.Time) bool { return !r.deadline.IsZero() && now.After(r.deadline) }
+// letGo ends a one-shot's sandbox, or makes the session's guest forget the command.
+func (r *run) letGo(ctx context.Context) {
+	if r.sandbox == nil && !r.reopen(ctx) {
+		return
+	}
+	if r.session == "" {
+		r.service.guests.drop(r.sandbox)
+		if _, err := r.terminate(ctx); err != nil {
+			r.service.log.ErrorContext(ctx, "a sandbox is left until the next start", "sandbox", r.sandbox.ID(), "error", err)
+		}
+		return
+	}
+	if ended(r.sandbox) {
+		return
+	}
+	bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), answerTime, errNoAnswer)
+	defer cancel()
+	guest, _ := r.service.guests.of(r.sandbox)
+	if err := guest.Release(bounded, r.id); err != nil && !ended(r.sandbox) {
+		r.service.log.WarnContext(ctx, "the guest keeps an ended command", "execution", r.id, "error", err)
+	}
+}
 
-// gone says whether the sandbox has ended.
-func (r *run) gone() bool {
-	select {
-	case <-r.sandbox.Done():
-		return true
-	default:
+// reopen finds a sandbox that the run does not have: its making was cut off, or the
+// run has nothing to do but to let go of it. false if there is none.
+func (r *run) reopen(ctx context.Context) bool {
+	bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), sandboxTime, fmt.Errorf("not found within %v", sandboxTime))
+	defer cancel()
+	sandbox, err := r.service.cfg.Engine.Open(bounded, r.record.Sandbox)
+	if err != nil {
+		if fault.KindOf(err) != fault.NotFound {
+			r.service.log.ErrorContext(ctx, "a sandbox may be left until the next start", "sandbox", r.record.Sandbox, "error", err)
+		}
 		return false
 	}
+	r.sandbox = sandbox
+	return true
 }
 
-// append writes output into the log. While the disk is full it waits, and so does
-// the command, whose pipe fills up: nothing is lost and nothing is killed. false when
-// the Service is closing; the guest then still has the output.
-func (r *run) append(ctx context.Context, out *guestclient.Output) bool {
-	entries := make([]eventlog.Entry, 0, 16)
-	for _, c := range out.Chunks {
-		stream := eventlog.Stdout
-		if c.Stream == guestv1.Stream_STREAM_STDERR {
-			stream = eventlog.Stderr
+// terminate ends the sandbox, trying for a while: nothing may be left of it.
+func (r *run) terminate(ctx context.Context) (engine.Remains, error) {
+	bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), sandboxTime, fmt.Errorf("not ended within %v", sandboxTime))
+	defer cancel()
+	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
+		remains, err := r.sandbox.Terminate(bounded)
+		if err == nil || bounded.Err() != nil || !pause(ctx, wait) {
+			return remains, err
 		}
-		for data := c.Data; len(data) > 0; {
-			n := min(len(data), eventlog.MaxData)
-			entries = append(entries, eventlog.Entry{Kind: eventlog.KindOutput, Stream: stream, Data: data[:n]})
-			data = data[n:]
-		}
+		r.service.log.WarnContext(ctx, "cannot end a sandbox, trying again", "sandbox", r.sandbox.ID(), "error", err)
 	}
-	return r.persist(ctx, "append output", func() error { return r.log.Append(time.Now(), entries...) })
 }
 
-// persist repeats a write until it works or the Service is closed.
-func (r *run) persist(ctx context.Context, what string, write func() error) bool {
-	for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+// persist repeats a write until it works, its error is errFinal, or the Service is
+// closed.
+func (r *run) persist(ctx context.Context, what string, write func() error) error {
+	wait := firstRetry
+	for n := 1; ; n++ {
 		err := write()
-		if err == nil {
-			return true
+		if err == nil || errors.Is(err, errFinal) {
+			if n > 1 {
+				r.service.log.InfoContext(ctx, "no longer trying to write", "execution", r.id, "what", what, "tries", n, "error", err)
+			}
+			return err
 		}
-		r.service.log.ErrorContext(ctx, "cannot write, trying again", "execution", r.id, "what", what, "error", err)
+		if n&(n-1) == 0 { // ever more rarely: a full disk can stay so for days
+			r.service.log.ErrorContext(ctx, "cannot write, trying again", "execution", r.id, "what", what, "tries", n, "error", err)
+		}
 		if !pause(ctx, wait) {
-			return false
+			return err
 		}
+		wait = min(2*wait, lastRetry)
 	}
 }
 
@@ -364,59 +362,5 @@ func pause(ctx context.Context, d time.Duration) bool {
 		return true
 	case <-ctx.Done():
 		return false
-	}
-}
-
-// end records the result: in the log, where watchers see it, then in the store, and
-// lets go of the sandbox. A nil result means that the execution goes on without us.
-func (r *run) end(ctx context.Context, result *Result) {
-	if result == nil || ctx.Err() != nil {
-		return
-	}
-	r.complete(result)
-	data, err := json.Marshal(result)
-	if err != nil {
-		r.service.log.ErrorContext(ctx, "encode result", "execution", r.id, "error", err)
-		return
-	}
-	r.mu.Lock()
-	r.record.State, r.record.Result, r.record.EndTime = Ended, result, result.Times.Ended
-	r.mu.Unlock()
-	if !r.persist(ctx, "seal the log", func() error {
-		return r.log.Seal(result.Times.Ended, eventlog.Entry{Kind: kindResult, Data: data})
-	}) {
-		return
-	}
-	r.settle(ctx)
-	r.letGo()
-}
-
-// settle writes the end into the store and tells those who wait.
-func (r *run) settle(ctx context.Context) {
-	final := r.snapshot()
-	if r.persist(ctx, "record the end", func() error { return r.service.cfg.Store.UpdateExecution(ctx, final) }) {
-		close(r.done)
-	}
-}
-
-// letGo ends a one-shot's sandbox, or makes the session's guest forget the command.
-func (r *run) letGo() {
-	s := r.service
-	if r.sandbox == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeoutCause(context.Background(), sandboxTime, fmt.Errorf("not ended within %v", sandboxTime))
-	defer cancel()
-	if r.session != "" {
-		if r.guest != nil && !r.gone() {
-			if err := r.guest.Release(ctx, r.id); err != nil {
-				s.log.WarnContext(ctx, "the guest keeps an ended command", "execution", r.id, "error", err)
-			}
-		}
-		return
-	}
-	s.guests.drop(r.sandbox)
-	if _, err := r.sandbox.Terminate(ctx); err != nil {
-		s.log.ErrorContext(ctx, "a sandbox is left until the next start", "sandbox", r.sandbox.ID(), "error", err)
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -55,8 +54,12 @@ type Service struct {
 	work     sync.WaitGroup
 }
 
-// ErrClosed ends the Watchers of a Service that was closed.
-var ErrClosed = errors.New("executord is stopping")
+// ErrClosed ends the Watchers and the waiting of a Service that was closed. It is a
+// fault Unavailable (SERVER_STOPPING): the execution goes on, and an executord that is
+// started again can tell of it.
+var ErrClosed error = &fault.Error{
+	Kind: fault.Unavailable, Reason: "SERVER_STOPPING", Message: "executord is stopping", RetryAfter: time.Second,
+}
 
 // Request asks for an execution.
 type Request struct {
@@ -77,6 +80,9 @@ type Ref struct{ Session, ID string }
 func New(cfg Config) (*Service, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the directory of event logs: %w", err)
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	idle := make(chan struct{})
 	close(idle)
@@ -104,18 +110,38 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	}
 	e.Epoch = handle.Epoch()
 	if err := handle.Append(e.CreateTime, eventlog.Entry{Kind: kindStarted}); err != nil {
-		return Execution{}, errors.Join(diskFault(err), handle.discard())
+		handle.condemn()
+		handle.release()
+		return Execution{}, fmt.Errorf("begin the event log of %s: %w", e.ID, diskFault(err))
 	}
 	runCtx, run := newRun(s, e, handle, sandbox)
 	if err := s.admit(run); err != nil {
-		return Execution{}, errors.Join(err, handle.discard())
+		handle.condemn()
+		handle.release()
+		return Execution{}, err
 	}
-	if err := s.cfg.Store.InsertExecution(ctx, e); err != nil {
-		s.dismiss(run)
-		return Execution{}, errors.Join(fmt.Errorf("record %s: %w", e.ID, err), handle.discard())
+	defer s.work.Done()
+	if err := s.register(ctx, e); err != nil {
+		run.forget()
+		return Execution{}, err
 	}
 	s.work.Go(func() { run.begin(runCtx, command) })
 	return run.snapshot(), nil
+}
+
+// register records an execution whose run has been admitted.
+func (s *Service) register(ctx context.Context, e Execution) error {
+	if e.Session != "" {
+		// Asked again: a session that began to end before the run was admitted has not
+		// found it, and one that begins now will.
+		if _, err := s.cfg.Sessions.Sandbox(ctx, e.Session); err != nil {
+			return err
+		}
+	}
+	if err := s.cfg.Store.InsertExecution(ctx, e); err != nil {
+		return fmt.Errorf("record %s: %w", e.ID, err)
+	}
+	return nil
 }
 
 // plan decides what the execution will be.
@@ -123,6 +149,9 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 	e := Execution{
 		ID: strings.ToLower(ulid.Make().String()), Session: r.Session, Labels: r.Labels,
 		Engine: s.cfg.Engine.Name(), State: Starting, CreateTime: time.Now(), RetainedBytes: r.RetainedBytes,
+	}
+	if e.RetainedBytes < 0 {
+		return e, nil, fault.InvalidField("RETAINED_BYTES", "output_policy.retained_bytes", "%d is negative", e.RetainedBytes)
 	}
 	if e.RetainedBytes == 0 {
 		e.RetainedBytes = s.cfg.DefaultRetainedBytes
@@ -153,7 +182,8 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 // a crash says whose it is.
 func sandboxID(executionID string) string { return "e-" + executionID }
 
-// admit takes a run on, unless the Service is stopping.
+// admit takes a run on, unless the Service is stopping. Close then waits until the
+// caller has called work.Done.
 func (s *Service) admit(r *run) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -164,6 +194,7 @@ func (s *Service) admit(r *run) error {
 		}
 	}
 	s.addLocked(r)
+	s.work.Add(1)
 	return nil
 }
 
@@ -174,10 +205,13 @@ func (s *Service) addLocked(r *run) {
 	s.runs[r.id] = r
 }
 
-// dismiss lets go of a run that ended.
+// dismiss lets go of a run that ended; a second time it does nothing.
 func (s *Service) dismiss(r *run) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if _, ok := s.runs[r.id]; !ok {
+		return
+	}
 	delete(s.runs, r.id)
 	if len(s.runs) == 0 {
 		close(s.idle)
@@ -235,13 +269,17 @@ func (s *Service) List(ctx context.Context, q Query) ([]Execution, error) {
 }
 
 // Wait returns an execution when it has ended. When ctx ends first it returns the
-// execution as it is, and ctx's cause.
+// execution as it is, and ctx's cause; when the Service is closed, ErrClosed.
 func (s *Service) Wait(ctx context.Context, ref Ref) (Execution, error) {
 	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
 		err := r.wait(ctx)
 		return r.snapshot(), err
 	}
-	return s.Get(ctx, ref)
+	e, err := s.Get(ctx, ref)
+	if err == nil && e.State != Ended {
+		err = ErrClosed // nobody leads it any more
+	}
+	return e, err
 }
 
 // Cancellation says how to end an execution.
@@ -255,11 +293,10 @@ type Cancellation struct {
 // Cancel ends an execution and returns it when its whole tree is gone. One that has
 // ended is returned as it is. The end goes on when ctx ends first.
 func (s *Service) Cancel(ctx context.Context, ref Ref, c Cancellation) (Execution, error) {
-	r, ok := s.find(ref.ID)
-	if ok && r.session == ref.Session {
-		if c.Grace != nil && (*c.Grace < 0 || *c.Grace > MaxGracePeriod) {
-			return Execution{}, fault.InvalidField("GRACE_PERIOD", "grace_period", "must be 0 to %v, not %v", MaxGracePeriod, *c.Grace)
-		}
+	if c.Grace != nil && (*c.Grace < 0 || *c.Grace > MaxGracePeriod) {
+		return Execution{}, fault.InvalidField("GRACE_PERIOD", "grace_period", "must be 0 to %v, not %v", MaxGracePeriod, *c.Grace)
+	}
+	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
 		r.stop(stopOrder{reason: Cancelled, grace: c.Grace, by: c.By, detail: "cancelled by " + c.By})
 	}
 	return s.Wait(ctx, ref)
@@ -291,7 +328,8 @@ func (s *Service) stopAll(ctx context.Context, choose func(*run) bool, order sto
 	return nil
 }
 
-// Delete removes an execution that has ended, with its log.
+// Delete removes an execution that has ended, with its log. Watchers that have it open
+// read on to its end.
 func (s *Service) Delete(ctx context.Context, ref Ref) error {
 	e, err := s.Get(ctx, ref)
 	if err != nil {
@@ -301,7 +339,7 @@ func (s *Service) Delete(ctx context.Context, ref Ref) error {
 		return fault.New(fault.FailedPrecondition, "EXECUTION_NOT_ENDED", "execution %q has not ended; cancel it first", ref.ID)
 	}
 	if r, ok := s.find(ref.ID); ok {
-		// Its end is told and being recorded.
+		// Its end stands in its log and is being recorded.
 		if err := r.wait(ctx); err != nil {
 			return err
 		}
@@ -317,27 +355,65 @@ func (s *Service) Delete(ctx context.Context, ref Ref) error {
 // there. io.EOF at their end; a fault OutOfRange (OUTPUT_DROPPED) if they are not
 // kept any more.
 func (s *Service) ReadOutput(ctx context.Context, ref Ref, stream string, offset int64, p []byte) (int, error) {
-	if _, err := s.Get(ctx, ref); err != nil {
-		return 0, err
+	which := eventlog.Stdout
+	switch {
+	case stream == "stderr":
+		which = eventlog.Stderr
+	case stream != "stdout":
+		return 0, fault.InvalidField("STREAM", "stream", "%q is not one of stdout, stderr", stream)
 	}
-	handle, err := s.logs.open(ref.ID)
+	if offset < 0 {
+		return 0, fault.InvalidField("OFFSET", "offset", "%d is negative", offset)
+	}
+	handle, err := s.openLog(ctx, ref)
 	if err != nil {
 		return 0, err
 	}
 	defer handle.release()
-	which := eventlog.Stdout
-	if stream == "stderr" {
-		which = eventlog.Stderr
-	}
 	n, err := handle.ReadStream(which, offset, p)
 	if dropped, ok := errors.AsType[*eventlog.DroppedError](err); ok {
 		return n, fault.New(fault.OutOfRange, "OUTPUT_DROPPED", "bytes before %d of %s are no longer kept", dropped.First, stream).
 			With("first_offset", fmt.Sprint(dropped.First))
 	}
+	if errors.Is(err, eventlog.ErrClosed) {
+		return n, ErrClosed
+	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		return n, fmt.Errorf("read the log of %s: %w", ref.ID, err)
 	}
 	return n, err
+}
+
+// openLog opens the log of an execution to read it.
+func (s *Service) openLog(ctx context.Context, ref Ref) (*logHandle, error) {
+	e, err := s.Get(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	handle, err := s.logs.open(ref.ID)
+	if err != nil {
+		return nil, err
+	}
+	if e.State == Ended && !handle.Sealed() {
+		// Its end was damaged and has been cut off. The store still has the result.
+		s.log.ErrorContext(ctx, "the log of an ended execution had no end", "execution", e.ID, "cut_off_bytes", handle.Repaired())
+		if err := s.sealAgain(e, handle); err != nil {
+			handle.release()
+			return nil, err
+		}
+	}
+	return handle, nil
+}
+
+func (s *Service) sealAgain(e Execution, handle *logHandle) error {
+	entry, err := resultEntry(e.Result)
+	if err == nil {
+		err = handle.Seal(e.EndTime, entry)
+	}
+	if err != nil && !errors.Is(err, eventlog.ErrSealed) { // by another reader
+		return fmt.Errorf("mend the log of execution %s: %w", e.ID, diskFault(err))
+	}
+	return nil
 }
 
 // Drain refuses new work from now on and waits until nothing runs.
@@ -355,7 +431,7 @@ func (s *Service) Drain(ctx context.Context) error {
 }
 
 // Close stops following what still runs, which goes on in its sandboxes, ends the
-// Watchers and waits for all work.
+// Watchers and waits for all work. An end that is known by then is recorded.
 func (s *Service) Close() error {
 	s.mu.Lock()
 	s.draining, s.closed = true, true
@@ -367,17 +443,3 @@ func (s *Service) Close() error {
 	s.guests.close()
 	return s.logs.close()
 }
-
-// diskFault says that the disk is full in a way a caller can act on.
-func diskFault(err error) error {
-	if isDiskFull(err) {
-		return &fault.Error{
-			Kind: fault.Exhausted, Reason: "DISK_FULL", Err: err, RetryAfter: 10 * time.Second,
-			Message: "the disk under executord's state directory is full",
-		}
-	}
-	return err
-}
-
-// logDir is where the log of an execution lies.
-func logDir(dir, id string) string { return filepath.Join(dir, id) }

@@ -66,25 +66,24 @@ const (
 
 // Watcher follows one log at its own pace. It is for one goroutine.
 type Watcher struct {
-	ref    Ref
-	log    *logHandle
-	reader *eventlog.Reader
-	cursor Cursor
-	first  *Event // to be told before what the reader has
-	ended  bool
+	service *Service
+	ref     Ref
+	log     *logHandle
+	reader  *eventlog.Reader
+	cursor  Cursor
+	first   *Event // to be told before what the reader has
+	ended   bool
+	closed  bool
 }
 
 // Watch follows an execution from behind a cursor on; nil is the log's start. A
 // fault OutOfRange (CURSOR_IN_FUTURE) if the log has not got there.
 func (s *Service) Watch(ctx context.Context, ref Ref, after *Cursor) (*Watcher, error) {
-	if _, err := s.Get(ctx, ref); err != nil {
-		return nil, err
-	}
-	handle, err := s.logs.open(ref.ID)
+	handle, err := s.openLog(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
-	w := &Watcher{ref: ref, log: handle, cursor: Cursor{Epoch: handle.Epoch()}}
+	w := &Watcher{service: s, ref: ref, log: handle, cursor: Cursor{Epoch: handle.Epoch()}}
 	switch {
 	case after == nil:
 	case after.Epoch != handle.Epoch():
@@ -114,10 +113,12 @@ func (w *Watcher) Next(ctx context.Context) (Event, error) {
 	}
 	for {
 		rec, err := w.reader.Next(ctx)
-		if errors.Is(err, eventlog.ErrClosed) {
+		switch {
+		case errors.Is(err, eventlog.ErrClosed):
 			return Event{}, ErrClosed
-		}
-		if err != nil {
+		case errors.Is(err, io.EOF):
+			return w.storedResult(ctx, w.cursor.Sequence+1) // the Gap before told that the log's end is damaged
+		case err != nil:
 			return Event{}, err
 		}
 		e := Event{Cursor: Cursor{w.cursor.Epoch, rec.Sequence}, Time: rec.Time}
@@ -130,7 +131,7 @@ func (w *Watcher) Next(ctx context.Context) (Event, error) {
 			e.Started = &Started{Execution: w.ref}
 		case rec.Kind == kindResult:
 			if e.Result, err = decodeResult(rec.Data); err != nil {
-				return Event{}, err
+				return w.storedResult(ctx, rec.Sequence)
 			}
 			w.ended = true
 		default:
@@ -141,16 +142,32 @@ func (w *Watcher) Next(ctx context.Context) (Event, error) {
 	}
 }
 
+// storedResult is the last event of a log whose own cannot be read.
+func (w *Watcher) storedResult(ctx context.Context, sequence uint64) (Event, error) {
+	e, err := w.service.Get(ctx, w.ref)
+	if err != nil {
+		return Event{}, err
+	}
+	if e.Result == nil {
+		return Event{}, fmt.Errorf("the log of execution %s has an end and no result", e.ID)
+	}
+	w.ended, w.cursor.Sequence = true, sequence
+	return Event{Cursor: w.cursor, Time: e.EndTime, Result: e.Result}, nil
+}
+
 // Cursor is that of the last event told.
 func (w *Watcher) Cursor() Cursor { return w.cursor }
 
 // LastEventTime is when something was last added to the log.
 func (w *Watcher) LastEventTime() time.Time { return w.log.LastTime() }
 
-// Close gives the log up.
+// Close gives the log up. It may be called again.
 func (w *Watcher) Close() {
-	_ = w.reader.Close()
-	w.log.release()
+	if !w.closed {
+		w.closed = true
+		_ = w.reader.Close() // of what was only read
+		w.log.release()
+	}
 }
 
 func gapOf(g *eventlog.Gap) *Gap {

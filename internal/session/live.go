@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -11,20 +12,43 @@ import (
 	"github.com/harvest-run/executord/internal/fault"
 )
 
+const (
+	// sandboxTime bounds the making, the finding and the ending of a sandbox.
+	sandboxTime = 2 * time.Minute
+	// openTime is how long an engine with troubles of its own is asked for a sandbox
+	// that was there before executord was restarted.
+	openTime = 30 * time.Second
+	// endTime bounds the ending of what runs in a session: the longest grace period,
+	// and some.
+	endTime = 15 * time.Minute
+	// Between the first two attempts lies firstRetry; it doubles up to recordRetry
+	// where the record has to be written, up to endRetry where the sandbox has to end.
+	firstRetry  = 50 * time.Millisecond
+	recordRetry = time.Second
+	endRetry    = 30 * time.Second
+	// maxDetail bounds the text of an end.
+	maxDetail = 4 << 10
+)
+
+var (
+	errAsked    = errors.New("the session was ended")
+	errNotFound = fmt.Errorf("no answer within %v", sandboxTime)
+)
+
 // live is a session that has not ended. One goroutine leads it to its end.
 type live struct {
 	service *Service
 	id      string
 	cancel  context.CancelCauseFunc
-	started chan struct{} // closed when it left Starting
+	started chan struct{} // closed when it is no longer Starting, or found again
 	ending  chan struct{} // closed when it is to end
 	ended   chan struct{} // closed when its end is recorded
 	left    chan struct{} // closed when the leading goroutine is through
 
 	mu      sync.Mutex
 	record  Session
-	sandbox engine.Sandbox
-	asked   bool // to end, with reason and detail
+	sandbox engine.Sandbox // written by the leading goroutine only
+	asked   bool           // to end, with reason and detail
 	reason  EndReason
 	detail  string
 	// interrupt ends the making of the sandbox.
@@ -39,6 +63,19 @@ func newLive(s *Service, record Session) (context.Context, *live) {
 	}
 }
 
+// leave ends what newLive began.
+func (l *live) leave() {
+	l.cancel(errClosed)
+	l.service.dismiss(l)
+	close(l.left)
+}
+
+// forget ends a live whose session did not come to be.
+func (l *live) forget() {
+	close(l.ended)
+	l.leave()
+}
+
 func (l *live) snapshot() Session {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -49,8 +86,12 @@ func (l *live) snapshot() Session {
 func (l *live) running() (engine.Sandbox, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.record.State != Running {
-		return nil, notRunning(l.record)
+	record := l.record
+	if l.asked {
+		record.State = max(record.State, Terminating)
+	}
+	if record.State != Running || l.sandbox == nil {
+		return nil, notRunning(record)
 	}
 	return l.sandbox, nil
 }
@@ -59,13 +100,23 @@ func (l *live) running() (engine.Sandbox, error) {
 func (l *live) end(reason EndReason, detail string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !l.asked {
-		l.asked, l.reason, l.detail = true, reason, detail
-		close(l.ending)
-		if l.interrupt != nil {
-			l.interrupt(errors.New("the session was ended"))
-		}
+	if l.asked {
+		return
 	}
+	l.asked, l.reason, l.detail = true, reason, clip(detail)
+	close(l.ending)
+	if l.interrupt != nil {
+		l.interrupt(errAsked)
+	}
+}
+
+// clip makes valid UTF-8 of bounded length of a text that an engine can have written.
+func clip(s string) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	if len(s) > maxDetail {
+		s = strings.ToValidUTF8(s[:maxDetail], "") + "…"
+	}
+	return s
 }
 
 // wait returns when c is closed, or why it will not be.
@@ -85,51 +136,23 @@ func (l *live) wait(ctx context.Context, c <-chan struct{}) error {
 	}
 }
 
-// reopen finds the sandbox of a session that another executord made, so that its
-// executions can be taken up. What cannot be is left for lead to decide.
-func (l *live) reopen(ctx context.Context) {
-	if l.record.State == Starting {
-		return // nobody knows whether it was ready: create-or-adopt decides
-	}
-	sandbox, err := l.service.cfg.Engine.Open(ctx, l.record.Sandbox)
-	switch {
-	case err == nil:
-		l.sandbox = sandbox
-	case fault.KindOf(err) == fault.NotFound:
-		l.end(SandboxLost, "its sandbox was gone when executord started again")
-	default:
-		l.end(SandboxLost, fmt.Sprintf("its sandbox could not be opened when executord started again: %v", err))
-	}
-}
-
-// lead takes a session from its record to its end.
+// lead takes a session from its record to its end. Where one of its steps returns
+// false the Service is closing, and an executord after this one goes on.
 func (l *live) lead(ctx context.Context) {
-	defer func() {
-		l.cancel(errClosed)
-		l.service.dismiss(l)
-		close(l.left)
-	}()
-	if l.snapshot().State == Starting && !l.make(ctx) {
-		return
+	defer l.leave()
+	ready := true
+	switch l.record.State { // nobody else writes it
+	case Starting:
+		ready = l.make(ctx)
+	case Running:
+		ready = l.reopen(ctx)
 	}
-	l.openStarted()
-	if l.snapshot().State == Terminating {
-		l.end(Requested, "its end had begun before executord was restarted")
-	}
-	if l.await(ctx) {
+	if ready && l.await(ctx) {
 		l.finish(ctx)
 	}
 }
 
-func (l *live) openStarted() {
-	select {
-	case <-l.started:
-	default:
-		close(l.started)
-	}
-}
-
-// make makes the sandbox. false means that the Service is closing.
+// make makes the sandbox.
 func (l *live) make(ctx context.Context) bool {
 	creating, stop := context.WithTimeoutCause(ctx, sandboxTime, fmt.Errorf("no sandbox within %v", sandboxTime))
 	defer stop()
@@ -138,30 +161,71 @@ func (l *live) make(ctx context.Context) bool {
 	l.mu.Lock()
 	asked := l.asked
 	l.interrupt = cancel
-	record := l.record
 	l.mu.Unlock()
 	if asked {
 		return true
 	}
-	sandbox, err := l.service.cfg.Engine.Create(creating, engine.Spec{ID: record.Sandbox, Limits: record.Limits})
-	if ctx.Err() != nil {
-		return false
-	}
+	sandbox, err := l.service.cfg.Engine.Create(creating, engine.Spec{ID: l.record.Sandbox, Limits: l.record.Limits})
 	if err != nil {
+		if ctx.Err() != nil {
+			return false
+		}
 		l.end(StartFailed, err.Error())
 		return true
 	}
-	l.mu.Lock()
-	l.sandbox = sandbox
-	l.record.State, l.record.Limits = Running, sandbox.Limits()
-	record = l.record
-	l.mu.Unlock()
-	return l.persist(ctx, record)
+	// Recorded before anybody can use it: what runs in it must be found again.
+	running := l.record
+	running.State, running.Limits = Running, sandbox.Limits()
+	if !l.persist(ctx, running) {
+		return false
+	}
+	l.publish(running, sandbox)
+	close(l.started)
+	return true
 }
 
-// await waits for a reason to end. false means that the Service is closing.
+// reopen finds the sandbox of a session that another executord made.
+func (l *live) reopen(ctx context.Context) bool {
+	for since := time.Now(); ; {
+		sandbox, err := l.open(ctx)
+		switch {
+		case err == nil:
+			l.publish(l.record, sandbox)
+			close(l.started)
+			return true
+		case ctx.Err() != nil:
+			return false
+		case fault.KindOf(err) == fault.NotFound:
+			l.end(SandboxLost, "its sandbox was gone when executord started again")
+			return true
+		case time.Since(since) >= openTime:
+			l.end(SandboxLost, fmt.Sprintf("its sandbox could not be opened when executord started again: %v", err))
+			return true
+		}
+		pause(ctx, time.Second)
+	}
+}
+
+func (l *live) open(ctx context.Context) (engine.Sandbox, error) {
+	ctx, stop := context.WithTimeoutCause(ctx, sandboxTime, errNotFound)
+	defer stop()
+	sandbox, err := l.service.cfg.Engine.Open(ctx, l.record.Sandbox)
+	if err != nil {
+		return nil, err // and not an interface that holds a nil of the engine's
+	}
+	return sandbox, nil
+}
+
+// publish shows a new state.
+func (l *live) publish(record Session, sandbox engine.Sandbox) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.record, l.sandbox = record, sandbox
+}
+
+// await waits for a reason to end.
 func (l *live) await(ctx context.Context) bool {
-	expiry := time.NewTimer(time.Until(l.snapshot().ExpireTime()))
+	expiry := time.NewTimer(time.Until(l.record.ExpireTime()))
 	defer expiry.Stop()
 	var gone <-chan struct{}
 	if l.sandbox != nil {
@@ -172,7 +236,7 @@ func (l *live) await(ctx context.Context) bool {
 	case <-gone:
 		l.end(SandboxLost, "its sandbox ended by itself")
 	case <-expiry.C:
-		l.end(Expired, fmt.Sprintf("its lifetime of %v passed", l.snapshot().Lifetime))
+		l.end(Expired, fmt.Sprintf("its lifetime of %v passed", l.record.Lifetime))
 	case <-ctx.Done():
 		return false
 	}
@@ -181,63 +245,107 @@ func (l *live) await(ctx context.Context) bool {
 
 // finish ends what runs in the session, then its sandbox, then records the end.
 func (l *live) finish(ctx context.Context) {
-	s := l.service
-	l.mu.Lock()
-	l.record.State = Terminating
 	record := l.record
-	l.mu.Unlock()
-	if !l.persist(ctx, record) {
+	if record.State != Terminating {
+		l.mu.Lock()
+		record.State, record.Reason, record.Detail = Terminating, l.reason, l.detail
+		l.mu.Unlock()
+		l.publish(record, l.sandbox) // before it is recorded: nothing new may begin in it
+	}
+	select {
+	case <-l.started:
+	default:
+		close(l.started)
+	}
+	if !l.persist(ctx, record) || !l.endExecutions(ctx) || !l.terminate(ctx) {
 		return
 	}
-	ending, stop := context.WithTimeoutCause(ctx, endTime, fmt.Errorf("not ended within %v", endTime))
-	defer stop()
-	s.mu.Lock()
-	executions := s.executions
-	s.mu.Unlock()
-	if err := executions.EndSession(ending, l.id); err != nil {
-		s.log.ErrorContext(ctx, "end the executions of a session", "session", l.id, "error", err)
-	}
-	if l.sandbox != nil && !l.terminate(ctx) {
-		return
-	}
-	l.mu.Lock()
-	l.record.State, l.record.Reason, l.record.Detail, l.record.EndTime = Terminated, l.reason, l.detail, time.Now()
-	record = l.record
-	l.mu.Unlock()
+	record.State, record.EndTime = Terminated, time.Now()
 	if l.persist(ctx, record) {
+		l.publish(record, nil)
 		close(l.ended)
 	}
 }
 
-// terminate ends the sandbox, trying until it is gone: a session is not said to
-// have ended while anything of it may be left. false means that the Service is closing.
-func (l *live) terminate(ctx context.Context) bool {
-	for wait := 100 * time.Millisecond; ; wait = min(2*wait, 30*time.Second) {
-		ending, stop := context.WithTimeoutCause(ctx, sandboxTime, fmt.Errorf("not ended within %v", sandboxTime))
-		_, err := l.sandbox.Terminate(ending)
-		stop()
+// endExecutions ends what runs in the session. After endTime its sandbox is ended
+// with what still runs.
+func (l *live) endExecutions(ctx context.Context) bool {
+	s := l.service
+	s.mu.Lock()
+	executions := s.executions
+	s.mu.Unlock()
+	bounded, stop := context.WithTimeoutCause(ctx, endTime, fmt.Errorf("not ended within %v", endTime))
+	defer stop()
+	for wait := firstRetry; ; wait = min(2*wait, endRetry) {
+		err := executions.EndSession(bounded, l.id)
+		if ctx.Err() != nil {
+			return false
+		}
 		if err == nil {
 			return true
 		}
-		l.service.log.ErrorContext(ctx, "end the sandbox of a session, trying again", "session", l.id, "error", err)
+		s.log.ErrorContext(ctx, "end the executions of a session", "session", l.id, "error", err)
+		if bounded.Err() != nil {
+			return true
+		}
+		pause(bounded, wait)
+	}
+}
+
+// terminate ends the sandbox, trying until it is gone: a session is not said to have
+// ended while anything of it may be left. One that is not known, because its making or
+// its finding failed, may be there all the same.
+func (l *live) terminate(ctx context.Context) bool {
+	for wait := firstRetry; ; wait = min(2*wait, endRetry) {
+		err := l.tryTerminate(ctx)
+		if err == nil {
+			return true
+		}
+		if ctx.Err() == nil {
+			l.service.log.ErrorContext(ctx, "end the sandbox of a session, trying again", "session", l.id, "error", err)
+		}
 		if !pause(ctx, wait) {
 			return false
 		}
 	}
 }
 
-// persist writes the record, trying until it works. false means that the Service is
-// closing.
+func (l *live) tryTerminate(ctx context.Context) error {
+	sandbox := l.sandbox
+	if sandbox == nil {
+		var err error
+		if sandbox, err = l.open(ctx); err != nil {
+			if fault.KindOf(err) == fault.NotFound {
+				return nil
+			}
+			return err
+		}
+	}
+	ctx, stop := context.WithTimeoutCause(ctx, sandboxTime, fmt.Errorf("not ended within %v", sandboxTime))
+	defer stop()
+	_, err := sandbox.Terminate(ctx)
+	return err
+}
+
+// persist writes the record, trying until it works. A write that has begun is
+// finished also when the Service is closing.
 func (l *live) persist(ctx context.Context, record Session) bool {
-	for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) {
-		err := l.service.cfg.Store.UpdateSession(ctx, record)
+	wait := firstRetry
+	for n := 1; ; n++ {
+		err := l.service.cfg.Store.UpdateSession(context.WithoutCancel(ctx), record)
 		if err == nil {
 			return true
 		}
-		l.service.log.ErrorContext(ctx, "record a session, trying again", "session", l.id, "error", err)
+		if n&(n-1) == 0 { // ever more rarely: a full disk can stay so for days
+			l.service.log.ErrorContext(ctx, "record a session, trying again", "session", l.id, "tries", n, "error", err)
+		}
+		if fault.KindOf(err) == fault.NotFound {
+			return true // somebody took the record away: there is nothing to keep
+		}
 		if !pause(ctx, wait) {
 			return false
 		}
+		wait = min(2*wait, recordRetry)
 	}
 }
 

@@ -2,7 +2,6 @@ package session
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -51,19 +50,17 @@ type Request struct {
 // MaxLifetime is the most that may be asked for.
 const MaxLifetime = 30 * 24 * time.Hour
 
-const (
-	// sandboxTime bounds the making and the ending of a sandbox.
-	sandboxTime = 2 * time.Minute
-	// endTime bounds the ending of a session with all that runs in it: the longest
-	// grace period and a sandbox's end.
-	endTime = 15 * time.Minute
-)
-
-// errClosed is why a session's leading goroutine ends when the Service is closed.
-var errClosed = errors.New("executord is stopping")
+// errClosed ends the waiting for a session of a Service that was closed. The session
+// lives on, and an executord that is started again can tell of it.
+var errClosed error = &fault.Error{
+	Kind: fault.Unavailable, Reason: "SERVER_STOPPING", Message: "executord is stopping", RetryAfter: time.Second,
+}
 
 // New makes a Service. SetExecutions must be called before it is used.
 func New(cfg Config) (*Service, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
 	return &Service{cfg: cfg, log: cfg.Logger, live: make(map[string]*live)}, nil
 }
 
@@ -95,8 +92,9 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	if err := s.admit(l); err != nil {
 		return Session{}, err
 	}
+	defer s.work.Done()
 	if err := s.cfg.Store.InsertSession(ctx, record); err != nil {
-		s.dismiss(l)
+		l.forget()
 		return Session{}, fmt.Errorf("record session %s: %w", id, err)
 	}
 	s.work.Go(func() { l.lead(runCtx) })
@@ -106,6 +104,8 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 // sandboxID names the sandbox of a session after it.
 func sandboxID(sessionID string) string { return "s-" + sessionID }
 
+// admit takes a session on, unless the Service is stopping. Close then waits until the
+// caller has called work.Done.
 func (s *Service) admit(l *live) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -116,6 +116,7 @@ func (s *Service) admit(l *live) error {
 		}
 	}
 	s.live[l.id] = l
+	s.work.Add(1)
 	return nil
 }
 
@@ -132,19 +133,33 @@ func (s *Service) find(id string) (*live, bool) {
 	return l, ok
 }
 
-// Recover takes up the sessions that an executord before this one left.
+// Recover takes up the sessions that an executord before this one left, and returns
+// when the sandboxes of those that were running have been found or are known to be lost.
+// Call it once, before anything else, and after the executions have recovered: a session
+// that is to end then finds what runs in it.
 func (s *Service) Recover(ctx context.Context) error {
 	unfinished, err := s.cfg.Store.UnfinishedSessions(ctx)
 	if err != nil {
 		return fmt.Errorf("read unfinished sessions: %w", err)
 	}
+	var found []*live
 	for _, record := range unfinished {
 		runCtx, l := newLive(s, record)
-		l.reopen(ctx)
+		switch record.State {
+		case Running:
+			found = append(found, l)
+		case Terminating:
+			l.end(record.Reason, record.Detail)
+		}
 		s.mu.Lock()
 		s.live[l.id] = l
-		s.mu.Unlock()
 		s.work.Go(func() { l.lead(runCtx) })
+		s.mu.Unlock()
+	}
+	for _, l := range found {
+		if err := l.wait(ctx, l.started); err != nil {
+			return fmt.Errorf("find the sandbox of session %s: %w", l.id, err)
+		}
 	}
 	return nil
 }
@@ -164,7 +179,11 @@ func (s *Service) WaitStarted(ctx context.Context, id string) (Session, error) {
 		err := l.wait(ctx, l.started)
 		return l.snapshot(), err
 	}
-	return s.Get(ctx, id)
+	record, err := s.Get(ctx, id)
+	if err == nil && record.State == Starting {
+		err = errClosed
+	}
+	return record, err
 }
 
 // List reads a page of sessions, the newest first.
@@ -179,11 +198,16 @@ func (s *Service) List(ctx context.Context, q Query) ([]Session, error) {
 }
 
 // Terminate ends a session and returns it when everything of it is gone. One that
-// has ended is returned as it is. The end goes on when ctx ends first.
+// has ended is returned as it is. The end goes on when ctx ends first; then the session
+// is returned as it is, with ctx's cause.
 func (s *Service) Terminate(ctx context.Context, id, requester string) (Session, error) {
 	l, ok := s.find(id)
 	if !ok {
-		return s.Get(ctx, id)
+		record, err := s.Get(ctx, id)
+		if err == nil && record.State != Terminated {
+			err = errClosed // nobody leads it any more
+		}
+		return record, err
 	}
 	l.end(Requested, "terminated by "+requester)
 	err := l.wait(ctx, l.ended)
