@@ -55,9 +55,9 @@ func ExampleClient_Watch() {
 		panic(err)
 	}
 
-	// Where to go on; kept between two runs of this program. nil is the beginning.
-	var after *executorv1.Cursor
-	stream, err := c.Watch(ctx, answer.GetExecution().GetName(), after)
+	// nil is the beginning; a program that was interrupted goes on at the cursor that
+	// it kept.
+	stream, err := c.Watch(ctx, answer.GetExecution().GetName(), nil)
 	if err != nil {
 		panic(err)
 	}
@@ -73,11 +73,10 @@ func ExampleClient_Watch() {
 		if output := event.GetOutput(); output != nil {
 			fmt.Printf("%d %s", event.GetCursor().GetSequence(), output.GetData())
 		}
-		after = stream.Cursor()
 	}
-	fmt.Println(stream.Result().GetOutcome(), stream.Whole())
+	fmt.Println(stream.Result().GetOutcome(), stream.Whole(), stream.Cursor().GetSequence())
 	// Output:
 	// 2 one
 	// 3 two
-	// OUTCOME_SUCCESS true
+	// OUTCOME_SUCCESS true 4
 }

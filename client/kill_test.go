@@ -3,7 +3,6 @@ package client_test
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -159,7 +158,7 @@ func TestKill(t *testing.T) {
 	}
 	for i := range out {
 		if !bytes.Equal(out[i].Bytes(), want[i].Bytes()) {
-			t.Error(fmt.Sprintf("stream %d differs: %d bytes, want %d", i+1, out[i].Len(), want[i].Len()))
+			t.Errorf("stream %d differs: %d bytes, want %d", i+1, out[i].Len(), want[i].Len())
 		}
 	}
 	if !stream.Whole() || stream.Result().GetExitCode() != 0 {

@@ -115,7 +115,7 @@ func TestSlowReaderIsNoSilentServer(t *testing.T) {
 		if n := len(s.Calls("WatchExecution")); n != 1 {
 			t.Errorf("%d connections", n)
 		}
-		_ = stream.Close()
+		stream.Close()
 	})
 }
 

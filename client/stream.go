@@ -160,11 +160,8 @@ func (s *Stream) Recv() (*executorv1.Event, error) {
 }
 
 // Close ends the Stream; a Recv that waits returns ErrClosed. The execution goes on.
-// It always returns nil and may be called more than once.
-func (s *Stream) Close() error {
-	s.end(ErrClosed)
-	return nil
-}
+// It may be called more than once.
+func (s *Stream) Close() { s.end(ErrClosed) }
 
 // Name is the execution's resource name.
 func (s *Stream) Name() string {

@@ -433,7 +433,7 @@ func TestStreamEndsWithItsContext(t *testing.T) {
 	enough := errors.New("enough")
 	for what, leave := range map[string]func(*client.Stream, context.CancelCauseFunc) error{
 		"context": func(_ *client.Stream, cancel context.CancelCauseFunc) error { cancel(enough); return enough },
-		"close":   func(s *client.Stream, _ context.CancelCauseFunc) error { _ = s.Close(); return client.ErrClosed },
+		"close":   func(s *client.Stream, _ context.CancelCauseFunc) error { s.Close(); return client.ErrClosed },
 	} {
 		for _, when := range []string{"open", "between connections"} {
 			t.Run(what+" "+when, func(t *testing.T) {

@@ -2,6 +2,7 @@ package clienttest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -186,17 +187,18 @@ func (x *execution) finish(r *executorv1.Result) {
 
 // ending is the result of a program that was stopped.
 func (x *execution) ending() *executorv1.Result {
-	switch cause := x.cause().(type) {
-	case cancelled:
+	cause := x.cause()
+	if c, ok := errors.AsType[cancelled](cause); ok {
 		return &executorv1.Result{
 			Reason: executorv1.Reason_REASON_CANCELLED, Outcome: executorv1.Outcome_OUTCOME_CANCELLED, Signal: 15,
-			CancelledBy: cause.by, ReapedProcesses: 1, TreeEmpty: true,
+			CancelledBy: c.by, ReapedProcesses: 1, TreeEmpty: true,
 		}
-	case sessionEnded:
-		return &executorv1.Result{Reason: executorv1.Reason_REASON_SESSION_ENDED, Outcome: executorv1.Outcome_OUTCOME_CANCELLED, TreeEmpty: true}
-	default:
-		return &executorv1.Result{Reason: executorv1.Reason_REASON_SERVER_STOPPED, Outcome: executorv1.Outcome_OUTCOME_CANCELLED, TreeEmpty: true}
 	}
+	reason := executorv1.Reason_REASON_SERVER_STOPPED
+	if errors.Is(cause, sessionEnded{}) {
+		reason = executorv1.Reason_REASON_SESSION_ENDED
+	}
+	return &executorv1.Result{Reason: reason, Outcome: executorv1.Outcome_OUTCOME_CANCELLED, TreeEmpty: true}
 }
 
 // snapshot is the record and the log as they are, and what closes when they change.

@@ -204,7 +204,7 @@ func (a *app) call(do func(ctx context.Context, c *client.Client, args []string)
 		if err != nil {
 			return usagef("%s", err)
 		}
-		defer c.Close()
+		defer func() { _ = c.Close() }()
 		return do(cmd.Context(), c, args)
 	}
 }

@@ -12,7 +12,6 @@ import (
 	"go.yaml.in/yaml/v3"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
@@ -169,13 +168,6 @@ func formatTime(t *timestamppb.Timestamp) string {
 		return ""
 	}
 	return t.AsTime().UTC().Format(time.RFC3339)
-}
-
-func formatSpan(d *durationpb.Duration) string {
-	if d == nil {
-		return ""
-	}
-	return d.AsDuration().String()
 }
 
 // formatSize writes bytes with the largest binary unit that leaves no fraction.

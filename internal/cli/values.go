@@ -22,6 +22,7 @@ type value[T any] struct {
 	parse func(string) (T, error)
 }
 
+// Set parses a flag, as pflag.Value wants it.
 func (f *value[T]) Set(text string) error {
 	v, err := f.parse(text)
 	if err != nil {
@@ -31,8 +32,11 @@ func (f *value[T]) Set(text string) error {
 	return nil
 }
 
+// String is empty: none of these flags has a default that is worth showing.
 func (f *value[T]) String() string { return "" }
-func (f *value[T]) Type() string   { return f.kind }
+
+// Type names the kind of value in the help.
+func (f *value[T]) Type() string { return f.kind }
 
 // parseSize reads bytes: a number, which may have a fraction, and a unit. Units are
 // binary, as in "docker run --memory": 64m, 64M, 64MB and 64MiB are 67108864 bytes.
