@@ -119,29 +119,57 @@ func TestSlowReaderIsNoSilentServer(t *testing.T) {
 	})
 }
 
-func TestOutageOfAStreamLastsItsLimit(t *testing.T) {
-	inBubble(t, client.Config{}, func(t *testing.T, s *clienttest.Server, c *client.Client) {
-		s.Put(ended(), sample()...)
-		s.Hook(func(_ string, nth int) error {
-			if nth > 1 {
-				return status.Error(codes.Unavailable, "storm")
-			}
-			return nil
+// TestStreamGivesUp: whatever the server does instead of getting on, it is tried for
+// MaxOutage and no longer.
+func TestStreamGivesUp(t *testing.T) {
+	storm := func(*clienttest.Play) error { return status.Error(codes.Unavailable, "storm") }
+	for what, test := range map[string]struct {
+		limit  time.Duration
+		script clienttest.Script
+	}{
+		"unavailable for ever":     {0, storm},
+		"for a time of its own":    {7 * time.Second, storm},
+		"without result for ever":  {0, func(*clienttest.Play) error { return nil }},
+		"the same events for ever": {0, func(p *clienttest.Play) error { return p.Send(p.Log[:2]...) }},
+		"at once":                  {-1, storm},
+	} {
+		t.Run(what, func(t *testing.T) {
+			inBubble(t, client.Config{MaxOutage: test.limit}, func(t *testing.T, s *clienttest.Server, c *client.Client) {
+				s.Put(ended(), sample()...)
+				s.Play(func(p *clienttest.Play) error { return p.Send(p.Log[:2]...) })
+				for range 100 {
+					s.Play(test.script)
+				}
+				stream, err := c.Watch(t.Context(), name, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				begin := time.Now()
+				got, err := drain(stream)
+				wantEvents(t, got, sample()[:2])
+				calls := len(s.Calls("WatchExecution"))
+				if test.limit < 0 {
+					if err == nil || errors.Is(err, client.ErrOutage) || calls != 1 || time.Since(begin) != 0 {
+						t.Errorf("error %v after %d calls and %v", err, calls, time.Since(begin))
+					}
+					return
+				}
+				limit := test.limit
+				if limit == 0 {
+					limit = client.DefaultMaxOutage
+				}
+				if !errors.Is(err, client.ErrOutage) || calls < 5 || calls > 40 {
+					t.Errorf("error %v after %d calls", err, calls)
+				}
+				if d := time.Since(begin); d != limit {
+					t.Errorf("it lasted %v, want %v", d, limit)
+				}
+				if stream.Cursor().GetSequence() != 2 || stream.Result() != nil {
+					t.Errorf("cursor %v, result %v", stream.Cursor(), stream.Result())
+				}
+			})
 		})
-		s.Play(func(p *clienttest.Play) error { return p.Send(p.Log[:2]...) })
-		stream, err := c.Watch(t.Context(), name, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		begin := time.Now()
-		_, err = drain(stream)
-		if !errors.Is(err, client.ErrOutage) || !client.Unavailable(err) {
-			t.Errorf("error %v", err)
-		}
-		if d := time.Since(begin); d < client.DefaultMaxOutage || d > client.DefaultMaxOutage+time.Second {
-			t.Errorf("it lasted %v", d)
-		}
-	})
+	}
 }
 
 // TestResultWithoutStatus: a server that sends the result and then hangs does not

@@ -360,48 +360,6 @@ func TestStreamStopsAtTheServersWord(t *testing.T) {
 	}
 }
 
-func TestStreamGivesUp(t *testing.T) {
-	t.Parallel()
-	for what, script := range map[string]clienttest.Script{
-		"unavailable for ever":      func(*clienttest.Play) error { return status.Error(codes.Unavailable, "storm") },
-		"without result for ever":   func(*clienttest.Play) error { return nil },
-		"the same events for ever":  func(p *clienttest.Play) error { return p.Send(p.Log[:2]...) },
-		"connection lost, no retry": nil,
-	} {
-		t.Run(what, func(t *testing.T) {
-			t.Parallel()
-			s := clienttest.Start(t)
-			s.Put(ended(), sample()...)
-			cfg := client.Config{Address: s.Address(), MaxOutage: 300 * time.Millisecond}
-			if script == nil {
-				cfg.MaxOutage = -1
-				script = func(*clienttest.Play) error { return status.Error(codes.Unavailable, "storm") }
-			}
-			c := dial(t, cfg)
-			s.Play(func(p *clienttest.Play) error { return p.Send(p.Log[:2]...) })
-			for range 100 {
-				s.Play(script)
-			}
-			stream, err := c.Watch(bounded(t), name, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			got, err := drain(stream)
-			wantEvents(t, got, sample()[:2])
-			if cfg.MaxOutage > 0 && !errors.Is(err, client.ErrOutage) {
-				t.Errorf("error %v, want %v", err, client.ErrOutage)
-			}
-			calls := len(s.Calls("WatchExecution"))
-			if cfg.MaxOutage < 0 && (err == nil || calls != 1) || cfg.MaxOutage > 0 && calls < 3 {
-				t.Errorf("error %v after %d calls", err, calls)
-			}
-			if stream.Cursor().GetSequence() != 2 || stream.Result() != nil {
-				t.Errorf("cursor %v, result %v", stream.Cursor(), stream.Result())
-			}
-		})
-	}
-}
-
 func TestStreamHeartbeats(t *testing.T) {
 	t.Parallel()
 	for _, wanted := range []bool{false, true} {
