@@ -126,6 +126,12 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 		return Execution{}, err
 	}
 	s.work.Go(func() { run.begin(runCtx, command) })
+	// While the sandbox is at work the disk is too. Nobody is told of the execution
+	// before its record is safe from a power cut.
+	if err := s.cfg.Store.Sync(ctx); err != nil {
+		run.stop(stopOrder{reason: ServerStopped, detail: "its record could not be made durable"})
+		return Execution{}, fmt.Errorf("record %s: %w", e.ID, diskFault(err))
+	}
 	return run.snapshot(), nil
 }
 

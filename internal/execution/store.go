@@ -2,9 +2,13 @@ package execution
 
 import "context"
 
-// Store keeps executions. Every call is durable when it returns nil: it survives
-// kill -9 and a power cut.
+// Store keeps executions. What a call wrote survives kill -9 once it returned nil; it
+// survives a power cut once Sync has returned nil after it, or at once where the call
+// says so. The two are apart because a start can go on while the disk is at work, and
+// because an end is in the log already, from which Recover repeats a lost record.
 type Store interface {
+	// Sync makes all that was written before it survive a power cut.
+	Sync(ctx context.Context) error
 	// InsertExecution records a new one; a fault AlreadyExists if the id is taken.
 	InsertExecution(ctx context.Context, e Execution) error
 	// UpdateExecution replaces what can change in a life: State, Result, Engine,
@@ -17,7 +21,7 @@ type Store interface {
 	ListExecutions(ctx context.Context, q Query) ([]Execution, error)
 	// UnfinishedExecutions reads all that are not Ended, the oldest first.
 	UnfinishedExecutions(ctx context.Context) ([]Execution, error)
-	// DeleteExecution removes one; a fault NotFound if there is none.
+	// DeleteExecution removes one, at once; a fault NotFound if there is none.
 	DeleteExecution(ctx context.Context, id string) error
 }
 

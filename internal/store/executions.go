@@ -127,7 +127,7 @@ func (s *Store) UnfinishedExecutions(ctx context.Context) ([]execution.Execution
 
 // DeleteExecution implements execution.Store.
 func (s *Store) DeleteExecution(ctx context.Context, id string) error {
-	err := s.write(ctx, func(ctx context.Context) error {
+	err := s.writeDurably(ctx, func(ctx context.Context) error {
 		done, err := changed(s.deleteExecution.ExecContext(ctx, id))
 		if err == nil && !done {
 			return sql.ErrNoRows

@@ -37,7 +37,7 @@ func (s *Store) InsertSession(ctx context.Context, one session.Session) error {
 	if err != nil {
 		return fmt.Errorf("insert session %q: %w", one.ID, err)
 	}
-	err = s.write(ctx, func(ctx context.Context) error {
+	err = s.writeDurably(ctx, func(ctx context.Context) error {
 		_, err := s.insertSession.ExecContext(ctx, one.ID, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
 			limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime))
 		return err
@@ -58,7 +58,7 @@ func (s *Store) UpdateSession(ctx context.Context, one session.Session) error {
 	if err != nil {
 		return fmt.Errorf("update session %q: %w", one.ID, err)
 	}
-	err = s.write(ctx, func(ctx context.Context) error {
+	err = s.writeDurably(ctx, func(ctx context.Context) error {
 		done, err := changed(s.updateSession.ExecContext(ctx, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
 			limits, timeColumn(one.EndTime), one.ID))
 		if done || err != nil {

@@ -49,6 +49,7 @@ type Store struct {
 	// context ended and yet finish the write of one that has begun.
 	writer, reader *sql.DB
 	turn           chan struct{}
+	syncer         syncer
 
 	insertExecution, updateExecution, deleteExecution *sql.Stmt
 	insertSession, updateSession                      *sql.Stmt
@@ -84,6 +85,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 }
 
 func (s *Store) open(ctx context.Context, file string) error {
+	s.syncer.wal = file + "-wal"
 	if err := prepareFile(ctx, file); err != nil {
 		return err
 	}
@@ -106,9 +108,9 @@ func (s *Store) open(ctx context.Context, file string) error {
 // openDatabase makes a pool of at most size connections; they are opened when they
 // are needed. options are further parameters of the driver.
 func openDatabase(file string, size int, options ...string) (*sql.DB, error) {
-	// FULL syncs the write-ahead log at every commit, once: that is what "durable"
-	// costs. The size limit cuts the log back after a burst.
-	query := "_busy_timeout=5000&_foreign_keys=1&_synchronous=FULL&_dqs=0&_defensive=1" +
+	// NORMAL leaves the write-ahead log unsynced at a commit: Sync does that, when it is
+	// needed and once for all who wait. The size limit cuts the log back after a burst.
+	query := "_busy_timeout=5000&_foreign_keys=1&_synchronous=NORMAL&_dqs=0&_defensive=1" +
 		"&_txlock=immediate&_error_rc=1&_pragma=journal_size_limit(16777216)"
 	for _, option := range options {
 		query += "&" + option
@@ -188,6 +190,14 @@ func (s *Store) write(ctx context.Context, f func(ctx context.Context) error) er
 		return context.Cause(ctx)
 	}
 	return classify(f(context.WithoutCancel(ctx)))
+}
+
+// writeDurably is write, and what it wrote survives a power cut.
+func (s *Store) writeDurably(ctx context.Context, f func(ctx context.Context) error) error {
+	if err := s.write(ctx, f); err != nil {
+		return err
+	}
+	return s.syncer.sync()
 }
 
 // classify turns what a caller can do something about into a fault. In none of
