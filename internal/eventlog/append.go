@@ -25,9 +25,10 @@ type writer struct {
 	marked int64
 
 	// What follows is kept from one Append to the next only to be used again.
-	headers []byte
-	buffers []unix.Iovec
-	marks   []mark
+	checksums checksums
+	headers   []byte
+	buffers   []unix.Iovec
+	marks     []mark
 }
 
 // keepEntries bounds what a writer keeps for the next Append.
@@ -233,14 +234,21 @@ func (l *Log) encode(now time.Time, entries []Entry, flags uint8) tally {
 			marked = position
 		}
 		r := record{sequence: tail.sequence, time: tail.time, kind: e.Kind, flags: flags, data: e.Data}
+		var stream *streamTally
 		if e.Kind == KindOutput {
-			s := &tail.streams[e.Stream.index()]
-			r.stream, r.offset = e.Stream, s.size
-			s.size += int64(len(e.Data))
-			s.crc = checksum(s.crc, e.Data)
+			stream = &tail.streams[e.Stream.index()]
+			r.stream, r.offset = e.Stream, stream.size
 		}
 		start := len(w.headers)
 		w.headers = appendHeader(w.headers, &r)
+		crc := checksum(0, w.headers[start+4:])
+		if stream != nil {
+			stream.size += int64(len(e.Data))
+			crc, stream.crc = w.checksums.update(crc, stream.crc, e.Data)
+		} else {
+			crc = checksum(crc, e.Data)
+		}
+		setCRC(w.headers[start:], crc)
 		w.buffers = appendBuffer(w.buffers, w.headers[start:])
 		w.buffers = appendBuffer(w.buffers, e.Data)
 		position += recordHeaderSize + int64(len(e.Data))

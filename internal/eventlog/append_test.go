@@ -165,8 +165,7 @@ func TestLeftoverOfFailedWrite(t *testing.T) {
 	// What the failed Append would have left had it got as far as it can.
 	var leftover []byte
 	for i, text := range []string{"fail1", "fail2"} {
-		leftover = appendHeader(leftover, &record{sequence: uint64(2 + i), kind: 2, data: []byte(text)})
-		leftover = append(leftover, text...)
+		leftover = append(leftover, encodeRecord(record{sequence: uint64(2 + i), kind: 2, data: []byte(text)})...)
 	}
 	if _, err := file.WriteAt(leftover, l.active().end); err != nil {
 		t.Fatal(err)

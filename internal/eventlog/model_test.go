@@ -113,7 +113,7 @@ func randomLog(t *testing.T, random *rand.Rand) {
 					st := &before.streams[e.Stream.index()]
 					r.offset, st.size = st.size, st.size+int64(len(e.Data))
 				}
-				torn = append(appendHeader(torn, &r), e.Data...)
+				torn = append(torn, encodeRecord(r)...)
 				ends = append(ends, len(torn))
 			}
 			torn = torn[:random.IntN(len(torn)+1)]

@@ -3,7 +3,6 @@ package eventlog
 import (
 	"encoding/binary"
 	"errors"
-	"hash/crc32"
 )
 
 // A record is a header and its data; integers are little-endian:
@@ -43,23 +42,14 @@ var (
 	errDamaged = errors.New("record is damaged")
 )
 
-// checksum continues a CRC-32C.
-func checksum(crc uint32, p []byte) uint32 {
-	return crc32.Update(crc, crc32.MakeTable(crc32.Castagnoli), p)
-}
-
-// appendHeader adds r's header to b.
+// appendHeader adds r's header to b, with 0 for the CRC.
 func appendHeader(b []byte, r *record) []byte {
-	start := len(b)
 	b = append(b, 0, 0, 0, 0)
 	b = binary.LittleEndian.AppendUint32(b, uint32(len(r.data)))
 	b = binary.LittleEndian.AppendUint64(b, r.sequence)
 	b = binary.LittleEndian.AppendUint64(b, uint64(r.time))
 	b = binary.LittleEndian.AppendUint64(b, uint64(r.offset))
-	b = append(b, byte(r.kind), byte(r.stream), r.flags, 0)
-	crc := checksum(checksum(0, b[start+4:]), r.data)
-	binary.LittleEndian.PutUint32(b[start:], crc)
-	return b
+	return append(b, byte(r.kind), byte(r.stream), r.flags, 0)
 }
 
 // decodeRecord reads the record that b begins with and says how long it is. Its
@@ -102,6 +92,9 @@ func decodeRecord(b []byte) (record, int, error) {
 	}
 	return r, size, nil
 }
+
+// setCRC completes a header with the CRC of what is behind the CRC.
+func setCRC(header []byte, crc uint32) { binary.LittleEndian.PutUint32(header, crc) }
 
 func (s Stream) valid() bool { return s == Stdout || s == Stderr }
 

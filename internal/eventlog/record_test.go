@@ -13,7 +13,31 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-func encodeRecord(r record) []byte { return append(appendHeader(nil, &r), r.data...) }
+func encodeRecord(r record) []byte {
+	b := append(appendHeader(nil, &r), r.data...)
+	setCRC(b, checksum(0, b[4:]))
+	return b
+}
+
+func TestChecksums(t *testing.T) {
+	if got := checksum(0, []byte("123456789")); got != 0xe3069283 { // the check value of CRC-32C
+		t.Errorf("%08x", got)
+	}
+	var c checksums
+	for n := range 100 {
+		random := randomFor(uint64(n))
+		record, stream := random.Uint32(), random.Uint32()
+		if n < 2 {
+			record, stream = uint32(-n), 0
+		}
+		size := MaxData - max(0, random.IntN(4)-2)
+		data := randomBytes(random, size)
+		gotRecord, gotStream := c.update(record, stream, data)
+		if gotRecord != checksum(record, data) || gotStream != checksum(stream, data) {
+			t.Fatalf("%d bytes behind %08x and %08x: %08x and %08x", size, record, stream, gotRecord, gotStream)
+		}
+	}
+}
 
 func TestRecord(t *testing.T) {
 	for _, want := range []record{
