@@ -59,6 +59,13 @@ func (m *memory) hook(before, after func(op string, e execution.Execution) error
 	m.before, m.after = before, after
 }
 
+func (m *memory) Sync(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return nil
+}
+
 func (m *memory) InsertExecution(ctx context.Context, e execution.Execution) error {
 	return m.do("insert", e, func() error {
 		if ctx.Err() != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -415,7 +416,8 @@ func TestTimes(t *testing.T) {
 // blames it only on the one that was killed.
 func TestMemoryKillsInASharedSandbox(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		kills := int64(5) // of an earlier time
+		var kills atomic.Int64
+		kills.Store(5) // of an earlier time
 		r := newRig(t, enginefake.Config{
 			Script: func(q *guestv1.StartRequest) enginefake.Script {
 				switch q.GetArgs()[0] {
@@ -428,7 +430,7 @@ func TestMemoryKillsInASharedSandbox(t *testing.T) {
 				}
 			},
 			Hooks: enginefake.Hooks{Usage: func(context.Context, string) (engine.Usage, error) {
-				return engine.Usage{OOMKills: kills, PIDsRefused: kills}, nil
+				return engine.Usage{OOMKills: kills.Load(), PIDsRefused: kills.Load()}, nil
 			}},
 		})
 		r.session("a")
@@ -440,7 +442,7 @@ func TestMemoryKillsInASharedSandbox(t *testing.T) {
 		}
 		victim, bystander := r.start(command("victim")), r.start(command("bystander"))
 		time.Sleep(5 * time.Second)
-		kills++
+		kills.Add(1)
 		if res := r.wait(bystander).Result; res.Reason != execution.Exited || res.Evidence["oom_kills"] != "1" {
 			t.Errorf("bystander: %+v", res)
 		}
@@ -458,13 +460,14 @@ func TestMemoryKillsInASharedSandbox(t *testing.T) {
 // figures and blames nothing on anybody.
 func TestNoAccounting(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		broken := true
+		var broken atomic.Bool
+		broken.Store(true)
 		r := newRig(t, enginefake.Config{
 			Script: func(*guestv1.StartRequest) enginefake.Script {
 				return enginefake.Script{Steps: []enginefake.Step{enginefake.Pause(time.Second)}, Exit: enginefake.Signal(9)}
 			},
 			Hooks: enginefake.Hooks{Usage: func(context.Context, string) (engine.Usage, error) {
-				if broken {
+				if broken.Load() {
 					return engine.Usage{OOMKills: 9}, errors.New("no such file")
 				}
 				return engine.Usage{OOMKills: 9}, nil
@@ -476,7 +479,7 @@ func TestNoAccounting(t *testing.T) {
 		}
 		ref := r.start(execution.Request{Session: "a"})
 		time.Sleep(time.Second / 2)
-		broken = false
+		broken.Store(false)
 		if res := r.wait(ref).Result; res.Reason != execution.Signaled || res.Evidence != nil {
 			t.Errorf("in a session: %+v", res)
 		}
