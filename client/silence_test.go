@@ -102,6 +102,16 @@ func TestSlowReaderIsNoSilentServer(t *testing.T) {
 	inBubble(t, client.Config{}, func(t *testing.T, s *clienttest.Server, c *client.Client) {
 		log := sample()
 		s.Put(ended(), log...)
+		s.Play(func(p *clienttest.Play) error {
+			for _, e := range p.Log {
+				if err := p.Send(e); err != nil {
+					return err
+				}
+				// Well within the hour that the reader sleeps, so that it never waits.
+				time.Sleep(30 * time.Minute)
+			}
+			return nil
+		})
 		stream, err := c.Watch(t.Context(), name, nil)
 		if err != nil {
 			t.Fatal(err)
