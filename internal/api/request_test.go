@@ -404,12 +404,12 @@ func TestStart(t *testing.T) {
 		},
 		"at the limits": {
 			request: &executorv1.StartExecutionRequest{Command: &executorv1.Command{
-				Args:    []string{"echo", strings.Repeat("x", 65532)},
+				Args:    []string{"echo", strings.Repeat("x", 65530)},
 				Env:     map[string]string{"A": strings.Repeat("x", 131069)},
 				Timeout: durationpb.New(604800 * time.Second),
 			}},
 			want: execution.Request{Command: execution.Command{
-				Args:    []string{"echo", strings.Repeat("x", 65532)},
+				Args:    []string{"echo", strings.Repeat("x", 65530)},
 				Env:     map[string]string{"A": strings.Repeat("x", 131069)},
 				Timeout: 604800 * time.Second,
 			}},

@@ -36,10 +36,28 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 	if err != nil {
 		return err
 	}
-	return s.follow(stream.Context(), execution.Ref{Session: e.Session, ID: e.ID}, nil, interval,
-		func(event *executorv1.Event) error {
-			return stream.Send(&executorv1.ExecuteResponse{Event: event})
-		})
+	ref := execution.Ref{Session: e.Session, ID: e.ID}
+	watcher, err := s.executions.Watch(stream.Context(), ref, nil)
+	if err != nil {
+		return err
+	}
+	send := func(event *executorv1.Event) error { return stream.Send(&executorv1.ExecuteResponse{Event: event}) }
+	if err := greet(stream.Context(), watcher, send); err != nil {
+		watcher.Close()
+		return err
+	}
+	return s.follow(stream.Context(), watcher, interval, send)
+}
+
+// greet sends the first event, which is in the log already, also when the server
+// began to stop meanwhile: to a caller who has no name for the execution,
+// SERVER_DRAINING would say that there is none.
+func greet(ctx context.Context, watcher Watcher, send func(*executorv1.Event) error) error {
+	event, err := watcher.Next(context.WithoutCancel(ctx))
+	if err != nil {
+		return err
+	}
+	return send(eventProto(event))
 }
 
 // WatchExecution implements executorv1.ExecutorServiceServer.
@@ -52,18 +70,18 @@ func (s *executorService) WatchExecution(req *executorv1.WatchExecutionRequest, 
 	if err != nil {
 		return err
 	}
-	return s.follow(stream.Context(), ref, cursorOf(req.GetAfter()), interval,
+	watcher, err := s.executions.Watch(stream.Context(), ref, cursorOf(req.GetAfter()))
+	if err != nil {
+		return err
+	}
+	return s.follow(stream.Context(), watcher, interval,
 		func(event *executorv1.Event) error {
 			return stream.Send(&executorv1.WatchExecutionResponse{Event: event})
 		})
 }
 
-// follow sends the events of an execution until its result.
-func (s *executorService) follow(ctx context.Context, ref execution.Ref, after *execution.Cursor, interval time.Duration, send func(*executorv1.Event) error) error {
-	watcher, err := s.executions.Watch(ctx, ref, after)
-	if err != nil {
-		return err
-	}
+// follow sends the events that a watcher tells until the result, and closes it.
+func (s *executorService) follow(ctx context.Context, watcher Watcher, interval time.Duration, send func(*executorv1.Event) error) error {
 	return s.senders.run(ctx, func(p *pace) error {
 		defer watcher.Close()
 		sender := &eventSender{watcher: watcher, interval: interval, pace: p, send: send}

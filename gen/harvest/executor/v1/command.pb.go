@@ -89,13 +89,14 @@ type Command struct {
 	Code *Code `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
 	// A program and its arguments, passed as they are: no shell looks at them. A
 	// first element without a slash is looked up in the PATH of the sandbox. At most
-	// 65,536 bytes over all elements (ARGS_TOO_LARGE), none with a NUL byte, the
-	// first not empty. Not together with code.
+	// 65,536 bytes over all elements, each counted with the byte that ends it, as the
+	// kernel does (ARGS_TOO_LARGE); none with a NUL byte, the first not empty. Not
+	// together with code.
 	Args []string `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
 	// Environment variables, added to the sandbox's own (PATH, HOME, LANG, TERM=dumb
 	// and what the language needs) and winning over them. Names are not empty and
 	// have no "=" and no NUL byte; values have no NUL byte; 131,072 bytes at most in
-	// all (ENV_TOO_LARGE). Values are not stored: a read of the execution shows them empty.
+	// all, each counted as NAME=value with the byte that ends it (ENV_TOO_LARGE). Values are not stored: a read of the execution shows them empty.
 	Env map[string]string `protobuf:"bytes,3,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Where the program starts. Absolute. Default /workspace. A directory that does
 	// not exist ends the execution with START_FAILED.

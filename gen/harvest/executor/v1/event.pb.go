@@ -345,15 +345,17 @@ func (x *Cursor) GetSequence() uint64 {
 	return 0
 }
 
-// Event is one entry of a log, or a message about it (gap, heartbeat), which has
-// the cursor of the last entry told and is not an entry itself.
+// Event is one entry of a log, or a message about it, which is not an entry itself: a
+// heartbeat, with the cursor of the last entry told, or a gap, with the cursor of the
+// last entry that is missing.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Where the reader is after this event.
 	Cursor *Cursor `protobuf:"bytes,1,opt,name=cursor,proto3" json:"cursor,omitempty"`
 	// When executord recorded it.
 	EventTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=event_time,json=eventTime,proto3" json:"event_time,omitempty"`
-	// What happened. Exactly one is set; clients skip kinds they do not know.
+	// What happened. Clients skip kinds they do not know, and events with none: the
+	// entry was written by a later executord.
 	//
 	// Types that are valid to be assigned to Kind:
 	//
