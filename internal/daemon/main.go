@@ -8,6 +8,9 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
+	"slices"
+	"strings"
 	"syscall"
 
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
@@ -18,6 +21,9 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
+
+// gcPercent lets the heap grow to five times of what is alive, some tens of MiB.
+const gcPercent = 400
 
 // Exit codes besides those of lifecycle.Main.
 const (
@@ -138,6 +144,11 @@ func (p *program) printConfig(cmd *cobra.Command, settings *configv1.Config) err
 
 // serve runs a Daemon. Its errors are told by lifecycle.Main.
 func (p *program) serve(cmd *cobra.Command, settings *configv1.Config) error {
+	// What is alive is small and what passes through is large: with Go's default the
+	// collector runs for every few MiB of output. GOGC still wins if it is set.
+	if !slices.ContainsFunc(p.env, func(v string) bool { return strings.HasPrefix(v, "GOGC=") }) {
+		defer debug.SetGCPercent(debug.SetGCPercent(gcPercent))
+	}
 	// Two places, so that a second signal is not lost while the first is handled.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
