@@ -3,7 +3,6 @@ package execution
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
@@ -136,7 +135,7 @@ func (r *run) append(ctx context.Context, out *guestclient.Output) error {
 		}
 		_ = r.relay(ctx) // one that does not get there is relayed with the next attempt
 		if r.ordered() != nil && r.overdue() {
-			return fmt.Errorf("%w: output could not be written until the end: %w", errFinal, err)
+			return errNoRoom
 		}
 		return err
 	})

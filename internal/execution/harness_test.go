@@ -59,13 +59,6 @@ func (m *memory) hook(before, after func(op string, e execution.Execution) error
 	m.before, m.after = before, after
 }
 
-func (m *memory) Sync(ctx context.Context) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return nil
-}
-
 func (m *memory) InsertExecution(ctx context.Context, e execution.Execution) error {
 	return m.do("insert", e, func() error {
 		if ctx.Err() != nil {
@@ -144,11 +137,21 @@ func (m *memory) DeleteExecution(_ context.Context, id string) error {
 	})
 }
 
+func (m *memory) Sync(ctx context.Context) error {
+	return m.do("sync", execution.Execution{}, func() error { return context.Cause(ctx) })
+}
+
 func (m *memory) stored(id string) (execution.Execution, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	e, ok := m.records[id]
 	return e, ok
+}
+
+func (m *memory) all() []execution.Execution {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Values(m.records))
 }
 
 func notFound(id string) error {
@@ -439,7 +442,7 @@ func read(ctx context.Context, w *execution.Watcher, ref execution.Ref, after *e
 	if got.result == nil {
 		return got, errors.New("the log ended without a result")
 	}
-	if whole && (len(got.events) < 2 || got.events[0].Started == nil) {
+	if whole && (len(got.events) < 2 || got.events[len(got.gaps)].Started == nil) {
 		return got, errors.New("the first event is not started")
 	}
 	for _, total := range got.result.Totals {

@@ -119,7 +119,7 @@ func (r *run) find(ctx context.Context) *Result {
 		r.service.log.WarnContext(ctx, "an unfinished execution has no sandbox", "execution", r.id, "error", err)
 		res := &Result{
 			Reason: SandboxLost, TreeEmpty: fault.KindOf(err) == fault.NotFound,
-			Detail: "its sandbox was gone when executord started again; whether the command finished is not known",
+			Detail: "its sandbox was gone when executord started again; " + r.unknown(),
 		}
 		if o := r.ordered(); o != nil && o.reason != SessionEnded {
 			stopped(o, res)

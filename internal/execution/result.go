@@ -169,21 +169,17 @@ func (r *run) lost(ctx context.Context, cause error) *Result {
 	}
 	gone, order := ended(r.sandbox), r.ordered()
 	res := &Result{Reason: SandboxLost, Evidence: make(map[string]string)}
-	unknown := "whether the command finished is not known"
-	if !r.hasBegun() {
-		unknown = "whether the command was started is not known"
-	}
 	switch {
 	case order != nil && (order.reason != SessionEnded || r.told || !gone):
 		// A session is also ended because its sandbox is gone; that is no order then.
 		stopped(order, res)
 	case gone:
-		res.Detail = "the sandbox ended while the command ran; " + unknown
+		res.Detail = "the sandbox ended; " + r.unknown()
 	case r.overdue():
 		res.Reason = TimedOut
 		res.Detail = fmt.Sprintf("ran longer than its timeout of %v; the guest did not end it", r.record.Command.Timeout)
 	default:
-		res.Detail = fmt.Sprintf("the command was given up (%v); %s", cause, unknown)
+		res.Detail = fmt.Sprintf("the command was given up (%v); %s", cause, r.unknown())
 	}
 	if !gone {
 		res.Evidence["cause"] = cause.Error()
@@ -197,6 +193,14 @@ func (r *run) lost(ctx context.Context, cause error) *Result {
 	res.Reaped = int32(min(max(remains.Processes, 0), maxReaped))
 	res.TreeEmpty, res.Killed = err == nil, remains.Processes > 0
 	return res
+}
+
+// unknown says what is not known of a command that was lost.
+func (r *run) unknown() string {
+	if r.hasBegun() {
+		return "whether the command finished is not known"
+	}
+	return "whether the command was started is not known"
 }
 
 // clear ends what is left of a command that cannot be followed. In a session the

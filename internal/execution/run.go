@@ -24,6 +24,8 @@ const (
 	guestRetry = 100 * time.Millisecond
 	// sandboxTime bounds the making and the ending of a sandbox.
 	sandboxTime = 2 * time.Minute
+	// closeTime is how long a start goes on when the Service is closed.
+	closeTime = 10 * time.Second
 	// firstRetry lies between the first two attempts to write something or to end a
 	// sandbox; it doubles up to lastRetry.
 	firstRetry = 50 * time.Millisecond
@@ -81,6 +83,8 @@ var (
 	errNoAnswer = fmt.Errorf("the guest did not answer within %v", answerTime)
 	// errFinal is wrapped by an error after which persist does not try again.
 	errFinal = errors.New("given up")
+	// errNoRoom ends the writing of output on a full disk.
+	errNoRoom = fmt.Errorf("%w: the rest of its output could not be written", errFinal)
 )
 
 // newRun makes a run and the context of its leading goroutine, which outlives the
@@ -215,7 +219,9 @@ func (r *run) overdue() bool { return !r.deadline.IsZero() && time.Now().After(r
 // begin leads a new execution to its end.
 func (r *run) begin(ctx context.Context, command Command) {
 	defer r.leave()
-	result := r.launch(ctx, command)
+	launching, stop := linger(ctx)
+	result := r.launch(launching, command)
+	stop()
 	if result == nil && ctx.Err() == nil {
 		result = r.follow(ctx)
 	}
@@ -350,6 +356,21 @@ func (r *run) persist(ctx context.Context, what string, write func() error) erro
 			return err
 		}
 		wait = min(2*wait, lastRetry)
+	}
+}
+
+// linger returns a context that ends some time after ctx does. A command that is about
+// to be started when the Service is closed shall run: the one that asked for it was told
+// that it will, and nobody after us could start it.
+func linger(ctx context.Context) (_ context.Context, stop func()) {
+	lingering, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	forget := context.AfterFunc(ctx, func() {
+		pause(lingering, closeTime)
+		cancel(context.Cause(ctx))
+	})
+	return lingering, func() {
+		forget()
+		cancel(nil)
 	}
 }
 

@@ -127,8 +127,9 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	}
 	s.work.Go(func() { run.begin(runCtx, command) })
 	// While the sandbox is at work the disk is too. Nobody is told of the execution
-	// before its record is safe from a power cut.
-	if err := s.cfg.Store.Sync(ctx); err != nil {
+	// before its record is safe from a power cut. A caller who leaves meanwhile leaves an
+	// execution behind, as one does who leaves a moment later.
+	if err := s.cfg.Store.Sync(context.WithoutCancel(ctx)); err != nil {
 		run.stop(stopOrder{reason: ServerStopped, detail: "its record could not be made durable"})
 		return Execution{}, fmt.Errorf("record %s: %w", e.ID, diskFault(err))
 	}
@@ -437,7 +438,8 @@ func (s *Service) Drain(ctx context.Context) error {
 }
 
 // Close stops following what still runs, which goes on in its sandboxes, ends the
-// Watchers and waits for all work. An end that is known by then is recorded.
+// Watchers and waits for all work. What was about to be started is, if that takes no more
+// than seconds; an end that is known by then is recorded.
 func (s *Service) Close() error {
 	s.mu.Lock()
 	s.draining, s.closed = true, true

@@ -147,8 +147,8 @@ func TestStartRefused(t *testing.T) {
 				if entries, err := os.ReadDir(r.dir); err != nil || len(entries) != 0 {
 					t.Errorf("logs left: %v, %v", entries, err)
 				}
-				if r.Running() != 0 || len(r.memory.records) != 0 || len(r.fake.Made()) != 1 {
-					t.Errorf("%d running, %d records, sandboxes %v", r.Running(), len(r.memory.records), r.fake.Made())
+				if r.Running() != 0 || len(r.memory.all()) != 0 || len(r.fake.Made()) != 1 {
+					t.Errorf("%d running, %d records, sandboxes %v", r.Running(), len(r.memory.all()), r.fake.Made())
 				}
 				if err := r.Drain(t.Context()); err != nil {
 					t.Error(err)
@@ -203,6 +203,64 @@ func TestRecordFailsWhileOthersWait(t *testing.T) {
 			t.Errorf("made %v", r.fake.Made())
 		}
 	})
+}
+
+// TestRecordIsNotDurable ends what was started, since nobody was told of it.
+func TestRecordIsNotDurable(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{}))
+		r.memory.hook(func(op string, _ execution.Execution) error {
+			if op == "sync" {
+				time.Sleep(time.Second)
+				return errDisk
+			}
+			return nil
+		}, nil)
+		_, err := r.Start(t.Context(), execution.Request{Command: execution.Command{Args: []string{"x"}}})
+		wantFault(t, err, fault.Exhausted, "DISK_FULL")
+		if err := r.Drain(t.Context()); err != nil {
+			t.Error(err)
+		}
+		synctest.Wait()
+		for _, e := range r.memory.all() {
+			if e.State != execution.Ended || e.Result.Reason != execution.ServerStopped || e.Result.Detail != "its record could not be made durable" {
+				t.Errorf("%+v", e.Result)
+			}
+		}
+		if left, _ := r.fake.List(t.Context()); len(left) != 0 {
+			t.Errorf("left: %v", left)
+		}
+	})
+}
+
+// TestCallerLeavesDuringTheStart leaves an execution that is whole, or none.
+func TestCallerLeavesDuringTheStart(t *testing.T) {
+	for _, at := range []string{"insert", "sync"} {
+		bubble(t, func(t *testing.T) {
+			r := newRig(t, scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Pause(time.Second)}, Exit: enginefake.Exit(0)}))
+			ctx, cancel := context.WithCancelCause(t.Context())
+			because := errors.New("the client is gone")
+			r.memory.hook(func(op string, _ execution.Execution) error {
+				if op == at {
+					cancel(because)
+				}
+				return nil
+			}, nil)
+			e, err := r.Start(ctx, execution.Request{Command: execution.Command{Args: []string{"x"}}})
+			if at == "insert" {
+				if !errors.Is(err, because) || len(r.memory.all()) != 0 || r.Running() != 0 {
+					t.Errorf("%v, %d records, %d running", err, len(r.memory.all()), r.Running())
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e := r.wait(execution.Ref{ID: e.ID}); e.Result.Reason != execution.Exited {
+				t.Errorf("%+v", e.Result)
+			}
+		})
+	}
 }
 
 // TestStopAllMeetsAStart has an execution that was ordered to stop before it was
@@ -671,6 +729,33 @@ func TestClose(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestCloseDuringAStart starts what was promised, and does not wait for ever for it.
+func TestCloseDuringAStart(t *testing.T) {
+	for _, test := range []struct {
+		takes, waits time.Duration
+		want         execution.Reason
+	}{{5 * time.Second, 5 * time.Second, execution.Exited}, {time.Minute, 10 * time.Second, execution.SandboxLost}} {
+		bubble(t, func(t *testing.T) {
+			cfg := scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(time.Minute, "x")}, Exit: enginefake.Exit(0)})
+			cfg.Hooks.Create = func(ctx context.Context, _ string) error { return sleep(ctx, test.takes) }
+			r := newRig(t, cfg)
+			ref := r.start(execution.Request{Command: execution.Command{Args: []string{"x"}, Env: map[string]string{"TOKEN": "not stored"}}})
+			begin := time.Now()
+			r.restart()
+			if took := time.Since(begin); took != test.waits {
+				t.Errorf("closed after %v, want %v", took, test.waits)
+			}
+			e := r.wait(ref)
+			if e.Result.Reason != test.want {
+				t.Errorf("%+v", e.Result)
+			}
+			if started := e.StartTime.Sub(begin); test.want == execution.Exited && started != test.takes {
+				t.Errorf("started after %v", started)
+			}
+		})
+	}
 }
 
 // TestNothingIsLeft counts goroutines and files after many executions.

@@ -1,0 +1,431 @@
+package execution_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+// TestLogLostAtRecovery goes on in a new log, whose epoch tells watchers, as far as the
+// guest still has the output; where it has not, the end says that it is not known.
+func TestLogLostAtRecovery(t *testing.T) {
+	for name, damage := range map[string]func(t *testing.T, r *rig, ref execution.Ref){
+		"missing": func(t *testing.T, r *rig, ref execution.Ref) {
+			if err := os.RemoveAll(filepath.Join(r.dir, ref.ID)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"empty": func(t *testing.T, r *rig, ref execution.Ref) {
+			for _, file := range segments(t, r, ref) {
+				if err := os.Truncate(file, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"beyond repair": func(t *testing.T, r *rig, ref execution.Ref) {
+			for _, file := range segments(t, r, ref) {
+				if err := os.WriteFile(file, []byte(strings.Repeat("?", 1000)), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+	} {
+		for _, given := range []string{"nothing was read", "something was read"} {
+			for _, session := range []string{"", "a"} {
+				t.Run(name+", "+given+" "+session, func(t *testing.T) {
+					bubble(t, func(t *testing.T) {
+						script := enginefake.Script{
+							Steps: []enginefake.Step{enginefake.Stdout(time.Minute, "late"), enginefake.Pause(time.Minute)}, Exit: enginefake.Exit(0),
+						}
+						if given == "something was read" {
+							script.Steps = append([]enginefake.Step{enginefake.Stdout(0, "early ")}, script.Steps...)
+						}
+						r := newRig(t, scripted(script))
+						if session != "" {
+							r.session(session)
+						}
+						ref := r.start(execution.Request{Session: session})
+						time.Sleep(30 * time.Second)
+						before := r.get(ref)
+						if err := r.Close(); err != nil {
+							t.Fatal(err)
+						}
+						damage(t, r, ref)
+						r.open()
+						if err := r.Recover(t.Context()); err != nil {
+							t.Fatal(err)
+						}
+						after := r.get(ref)
+						if after.Epoch == before.Epoch || after.Epoch == "" {
+							t.Errorf("epoch %q, was %q", after.Epoch, before.Epoch)
+						}
+						got := r.watch(ref, &execution.Cursor{Epoch: before.Epoch, Sequence: before.Sequence})
+						if len(got.gaps) != 1 || got.gaps[0].Reason != execution.GapEpochChanged {
+							t.Errorf("gaps: %+v", got.gaps)
+						}
+						e := r.wait(ref)
+						if e.Epoch != after.Epoch {
+							t.Errorf("the record has the epoch %q", e.Epoch)
+						}
+						if given == "nothing was read" {
+							if e.Result.Reason != execution.Exited || string(got.output["stdout"]) != "late" {
+								t.Errorf("%+v, %q", e.Result, got.output)
+							}
+						} else if e.Result.Reason != execution.SandboxLost || !e.Result.TreeEmpty {
+							t.Errorf("%+v", e.Result)
+						}
+						r.watch(ref, nil)
+						synctest.Wait()
+						if left, _ := r.fake.List(t.Context()); len(left) != len(session) || len(r.fake.Held("s-a")) != 0 {
+							t.Errorf("left: %v, held: %v", left, r.fake.Held("s-a"))
+						}
+						contains(t, r.log.String(), "has no log")
+					})
+				})
+			}
+		}
+	}
+}
+
+// TestLogUnreadableAtRecovery throws nothing away for an error that may pass.
+func TestLogUnreadableAtRecovery(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(0, "x"), enginefake.Pause(time.Minute)}, Exit: enginefake.Exit(0)}))
+		ref := r.start(execution.Request{})
+		time.Sleep(time.Second)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		dir := filepath.Join(r.dir, ref.ID)
+		if err := os.Rename(dir, dir+".aside"); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(dir, []byte("no directory"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.open()
+		if err := r.Recover(t.Context()); err == nil || !strings.Contains(err.Error(), "take up execution "+ref.ID) {
+			t.Fatalf("%v", err)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(dir+".aside", dir); err != nil {
+			t.Fatal(err)
+		}
+		r.open()
+		if err := r.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if e := r.wait(ref); e.Result.Reason != execution.Exited {
+			t.Errorf("%+v", e.Result)
+		}
+	})
+}
+
+// TestTornLog is cut back to its last whole record and goes on.
+func TestTornLog(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(lines(100)))
+		ref := r.start(execution.Request{})
+		time.Sleep(500 * time.Millisecond)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		files := segments(t, r, ref)
+		f, err := os.OpenFile(files[len(files)-1], os.O_APPEND|os.O_WRONLY, 0)
+		if err == nil {
+			_, err = f.WriteString("half a record")
+		}
+		if err = errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		r.open()
+		if err := r.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := r.watch(ref, nil); len(got.events) < 100 || len(got.gaps) != 0 {
+			t.Errorf("%d events, gaps %v", len(got.events), got.gaps)
+		}
+		contains(t, r.log.String(), "cut a torn end off")
+	})
+}
+
+// TestSealedLogWithoutAResult ends with what is known: not much.
+func TestSealedLogWithoutAResult(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(0, "x")}, Exit: enginefake.Exit(0)}))
+		r.memory.hook(func(op string, e execution.Execution) error {
+			if op == "update" {
+				return errDisk
+			}
+			return nil
+		}, nil)
+		ref := r.start(execution.Request{})
+		if got := r.watch(ref, nil); got.result.Reason != execution.Exited {
+			t.Fatalf("%+v", got.result)
+		}
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		r.memory.hook(nil, nil)
+		// The store never had it, and now the log has lost it too.
+		files := segments(t, r, ref)
+		text, err := os.ReadFile(files[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := strings.Index(string(text), `"reason":"EXITED"`)
+		if at < 0 {
+			t.Fatalf("no result in %q", text)
+		}
+		text[at+10] = 'X'
+		if err := os.WriteFile(files[0], text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.open()
+		if err := r.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		e := r.wait(ref)
+		got := r.watch(ref, nil)
+		if e.Result.Reason != got.result.Reason {
+			t.Errorf("the log tells %+v, the store %+v", got.result, e.Result)
+		}
+		synctest.Wait()
+		if left := r.list(); len(left) != 0 {
+			t.Errorf("left: %v", left)
+		}
+	})
+}
+
+// TestStrays removes logs without a record, and nothing else.
+func TestStrays(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{Exit: enginefake.Exit(0)}))
+		ref, other := r.start(execution.Request{}), r.start(execution.Request{})
+		r.wait(ref)
+		r.wait(other)
+		synctest.Wait()
+		if err := r.memory.DeleteExecution(t.Context(), other.ID); err != nil {
+			t.Fatal(err)
+		}
+		kept := []string{"lost+found", ".hidden", "01arz3ndektsv4rrffq69g5fav.bak"}
+		for _, name := range kept {
+			if err := os.MkdirAll(filepath.Join(r.dir, name), 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(filepath.Join(r.dir, "01arz3ndektsv4rrffq69g5fav"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(r.dir, "01arz3ndektsv4rrffq69g5faw"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		r.restart()
+		entries, err := os.ReadDir(r.dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		want := ".hidden 01arz3ndektsv4rrffq69g5fav 01arz3ndektsv4rrffq69g5fav.bak lost+found"
+		if got := strings.Join(names, " "); strings.ReplaceAll(got, ref.ID+" ", "") != want || !strings.Contains(got, ref.ID) {
+			t.Errorf("left: %s", got)
+		}
+	})
+}
+
+func TestRecoverFails(t *testing.T) {
+	for _, op := range []string{"unfinished", "get"} {
+		bubble(t, func(t *testing.T) {
+			r := newRig(t, scripted(enginefake.Script{Exit: enginefake.Exit(0)}))
+			r.wait(r.start(execution.Request{}))
+			if err := r.Close(); err != nil {
+				t.Fatal(err)
+			}
+			r.memory.hook(func(now string, _ execution.Execution) error {
+				if now == op {
+					return errDisk
+				}
+				return nil
+			}, nil)
+			r.open()
+			if err := r.Recover(t.Context()); !errors.Is(err, errDisk) {
+				t.Errorf("%s: %v", op, err)
+			}
+			r.memory.hook(nil, nil)
+			if entries, _ := os.ReadDir(r.dir); len(entries) != 1 {
+				t.Errorf("%d logs", len(entries))
+			}
+		})
+	}
+}
+
+// TestEngineFailsAtRecovery gives an engine in trouble a while, and a sandbox that
+// stays out of reach up.
+func TestEngineFailsAtRecovery(t *testing.T) {
+	for name, test := range map[string]struct {
+		broken time.Duration
+		want   execution.Reason
+	}{"for a while": {10 * time.Second, execution.Exited}, "for good": {time.Hour, execution.SandboxLost}} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				var until atomic.Int64
+				r := newRig(t, enginefake.Config{
+					Script: func(*guestv1.StartRequest) enginefake.Script {
+						return enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(time.Minute, "x")}, Exit: enginefake.Exit(0)}
+					},
+					Hooks: enginefake.Hooks{Open: func(context.Context, string) error {
+						if time.Now().UnixNano() < until.Load() {
+							return fault.New(fault.Unavailable, "ENGINE", "try again")
+						}
+						return nil
+					}},
+				})
+				ref := r.start(execution.Request{})
+				time.Sleep(time.Second)
+				until.Store(time.Now().Add(test.broken).UnixNano())
+				r.restart()
+				e := r.wait(ref)
+				if e.Result.Reason != test.want || e.Result.TreeEmpty != (test.want == execution.Exited) {
+					t.Errorf("%+v", e.Result)
+				}
+				if test.want == execution.SandboxLost {
+					contains(t, e.Result.Detail, "not known")
+				}
+			})
+		})
+	}
+}
+
+// TestGuestSilentAtRecovery gives the guest its time, too.
+func TestGuestSilentAtRecovery(t *testing.T) {
+	for name, test := range map[string]struct {
+		silent time.Duration
+		want   execution.Reason
+	}{"for a while": {15 * time.Second, execution.Exited}, "for good": {time.Hour, execution.SandboxLost}} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				var until atomic.Int64
+				r := newRig(t, enginefake.Config{
+					Script: func(*guestv1.StartRequest) enginefake.Script {
+						return enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(2*time.Minute, "x")}, Exit: enginefake.Exit(0)}
+					},
+					Hooks: enginefake.Hooks{Answer: func(_ string, _ *guestv1.Request, a *enginefake.Answer) {
+						a.Drop = time.Now().UnixNano() < until.Load()
+					}},
+				})
+				ref := r.start(execution.Request{})
+				time.Sleep(time.Second)
+				until.Store(time.Now().Add(test.silent).UnixNano())
+				r.restart()
+				e := r.wait(ref)
+				if e.Result.Reason != test.want || !e.Result.TreeEmpty {
+					t.Errorf("%+v", e.Result)
+				}
+				synctest.Wait()
+				if left, _ := r.fake.List(t.Context()); len(left) != 0 {
+					t.Errorf("left: %v", left)
+				}
+			})
+		})
+	}
+}
+
+// TestOrdersMeetRecovery stops what has only just been taken up, in all ways.
+func TestOrdersMeetRecovery(t *testing.T) {
+	orders := map[string]struct {
+		give func(r *rig, ref execution.Ref) error
+		want execution.Reason
+	}{
+		"cancel": {func(r *rig, ref execution.Ref) error {
+			_, err := r.Cancel(r.t.Context(), ref, execution.Cancellation{By: "me"})
+			return err
+		}, execution.Cancelled},
+		"end of the session": {func(r *rig, ref execution.Ref) error {
+			return r.EndSession(r.t.Context(), ref.Session)
+		}, execution.SessionEnded},
+		"stop of the server": {func(r *rig, _ execution.Ref) error { return r.StopAll(r.t.Context()) }, execution.ServerStopped},
+	}
+	for name, order := range orders {
+		for _, session := range []string{"", "a"} {
+			t.Run(name+" "+session, func(t *testing.T) {
+				bubble(t, func(t *testing.T) {
+					r := newRig(t, scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(0, "x")}, TermDelay: time.Second}))
+					if session != "" {
+						r.session(session)
+					}
+					ref := r.start(execution.Request{Session: session})
+					time.Sleep(time.Second)
+					r.restart()
+					if err := order.give(r, ref); err != nil {
+						t.Fatal(err)
+					}
+					e := r.wait(ref)
+					if e.Result.Reason != order.want || e.Result.Signal != 15 {
+						t.Errorf("%+v", e.Result)
+					}
+					if got := r.watch(ref, nil); string(got.output["stdout"]) != "x" {
+						t.Errorf("%q", got.output)
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestStoppingOverARestart goes on with a stop that the guest was told of before.
+func TestStoppingOverARestart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{IgnoreTerm: true, Steps: []enginefake.Step{enginefake.Stdout(0, "x")}}))
+		ref := r.start(execution.Request{})
+		time.Sleep(time.Second)
+		begin := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := r.Cancel(ctx, ref, execution.Cancellation{Grace: ptr(time.Minute), By: "me"}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		r.restart()
+		if e := r.get(ref); e.State != execution.Stopping {
+			t.Errorf("state %d", e.State)
+		}
+		e := r.wait(ref)
+		if took := time.Since(begin); took != time.Minute || e.Result.Reason != execution.Cancelled || e.Result.CancelledBy != "" || !e.Result.Killed {
+			t.Errorf("%+v after %v", e.Result, took)
+		}
+		contains(t, e.Result.Detail, "who ordered it is not known")
+	})
+}
+
+// TestBackstopAfterARestart gives the guest the whole time once more.
+func TestBackstopAfterARestart(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{Immortal: true}))
+		ref := r.start(execution.Request{Command: execution.Command{Args: []string{"x"}, Timeout: time.Minute}})
+		time.Sleep(30 * time.Second)
+		r.restart()
+		begin := time.Now()
+		e := r.wait(ref)
+		if took := time.Since(begin); took < 80*time.Second || took > 81*time.Second || e.Result.Reason != execution.TimedOut || !e.Result.TreeEmpty {
+			t.Errorf("%+v after %v", e.Result, took)
+		}
+	})
+}
