@@ -185,7 +185,7 @@ func (b *builder) mask() error {
 			return fmt.Errorf("mask /%s: %w", name, err)
 		}
 	}
-	for _, name := range []string{"proc/sys", "proc/bus", "proc/fs", "proc/irq"} {
+	for _, name := range []string{"proc/sys", "proc/bus", "proc/fs", "proc/irq", "proc/pressure"} {
 		path := filepath.Join(b.root, name)
 		err := unix.Mount(path, path, "", unix.MS_BIND|unix.MS_REC, "")
 		if errors.Is(err, unix.ENOENT) {
