@@ -214,14 +214,18 @@ func (s *Service) Terminate(ctx context.Context, id, requester string) (Session,
 	return l.snapshot(), err
 }
 
-// Sandbox returns the sandbox of a running session.
+// Sandbox returns the sandbox of a running session. Faults: NotFound
+// (SESSION_NOT_FOUND), FailedPrecondition (SESSION_NOT_RUNNING).
 func (s *Service) Sandbox(ctx context.Context, id string) (engine.Sandbox, error) {
 	if l, ok := s.find(id); ok {
 		return l.running()
 	}
 	record, err := s.cfg.Store.GetSession(ctx, id)
-	if err != nil {
+	switch {
+	case err != nil:
 		return nil, err
+	case record.State == Running:
+		return nil, errClosed // nobody leads it any more
 	}
 	return nil, notRunning(record)
 }
