@@ -2,6 +2,7 @@ package execution_test
 
 import (
 	"encoding/json"
+	"errors"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -79,7 +80,7 @@ func TestValidate(t *testing.T) {
 				return
 			}
 			wantFault(t, err, fault.Invalid, test.reason)
-			if fe, ok := err.(*fault.Error); !ok || len(fe.Fields) != 1 || fe.Fields[0].Path != test.field || fe.Fields[0].Description == "" {
+			if fe, ok := errors.AsType[*fault.Error](err); !ok || len(fe.Fields) != 1 || fe.Fields[0].Path != test.field || fe.Fields[0].Description == "" {
 				t.Errorf("%+v, want field %s", err, test.field)
 			}
 			if strings.Contains(err.Error(), "xxx") {

@@ -169,14 +169,14 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 
 // Create makes a sandbox, or returns the one that lives.
 func (e *Engine) Create(ctx context.Context, spec engine.Spec) (engine.Sandbox, error) {
-	if err := call(e.cfg.Hooks.Create, ctx, spec.ID); err != nil {
+	if err := call(ctx, e.cfg.Hooks.Create, spec.ID); err != nil {
 		return nil, err
 	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
 	sb := e.adopt(spec)
-	if err := call(e.cfg.Hooks.Created, ctx, spec.ID); err != nil {
+	if err := call(ctx, e.cfg.Hooks.Created, spec.ID); err != nil {
 		return nil, err
 	}
 	return sb, nil
@@ -199,7 +199,7 @@ func (e *Engine) adopt(spec engine.Spec) *sandbox {
 
 // Open finds a sandbox that lives; what is left of another is removed.
 func (e *Engine) Open(ctx context.Context, id string) (engine.Sandbox, error) {
-	if err := call(e.cfg.Hooks.Open, ctx, id); err != nil {
+	if err := call(ctx, e.cfg.Hooks.Open, id); err != nil {
 		return nil, err
 	}
 	sb, ok := e.find(id)
@@ -240,7 +240,7 @@ func (e *Engine) remove(sb *sandbox) {
 	}
 }
 
-func call(hook func(context.Context, string) error, ctx context.Context, id string) error { //nolint:revive // the hook reads better first
+func call(ctx context.Context, hook func(context.Context, string) error, id string) error {
 	if hook == nil {
 		return nil
 	}
@@ -277,7 +277,7 @@ func (sb *sandbox) isDead() bool {
 
 // Dial opens a pipe to the guest.
 func (sb *sandbox) Dial(ctx context.Context) (net.Conn, error) {
-	if err := call(sb.engine.cfg.Hooks.Dial, ctx, sb.id); err != nil {
+	if err := call(ctx, sb.engine.cfg.Hooks.Dial, sb.id); err != nil {
 		return nil, err
 	}
 	sb.mu.Lock()
@@ -301,7 +301,7 @@ func (sb *sandbox) Usage(ctx context.Context) (engine.Usage, error) {
 
 // Terminate ends the sandbox and waits for its goroutines.
 func (sb *sandbox) Terminate(ctx context.Context) (engine.Remains, error) {
-	if err := call(sb.engine.cfg.Hooks.Terminate, ctx, sb.id); err != nil {
+	if err := call(ctx, sb.engine.cfg.Hooks.Terminate, sb.id); err != nil {
 		return engine.Remains{}, err
 	}
 	sb.die()
