@@ -5,6 +5,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -19,12 +20,22 @@ const (
 	MaxMessage = 2 << 20
 	// MaxPayload bounds the payload, and so what one read can be answered with.
 	MaxPayload = 1 << 20
+	// MaxAnswer bounds the encoded message of a Response. It is less than MaxMessage
+	// because one small field of a message becomes an object when it is decoded: what
+	// a hostile guest can make executord allocate is many times what it sends.
+	MaxAnswer = 512 << 10
+	// MaxChunks bounds the chunks of one ReadResponse.
+	MaxChunks = 1024
 )
 
 // Protocol is the version that this package speaks.
 const Protocol = 1
 
 const headerSize = 8
+
+// ErrUnsendable is in the chain of Write's error if the message itself is what
+// cannot be sent. Nothing was written then, and the pipe is as good as before.
+var ErrUnsendable = errors.New("message cannot be sent")
 
 // Write writes one frame. The pieces of payload are written from where they lie;
 // on a socket message and payload go out in one system call.
@@ -35,14 +46,14 @@ func Write(w io.Writer, m proto.Message, payload ...[]byte) error {
 		total += len(p)
 	}
 	if size > MaxMessage || total > MaxPayload {
-		return fmt.Errorf("frame of %d+%d bytes is over the limit of %d+%d", size, total, MaxMessage, MaxPayload)
+		return fmt.Errorf("%w: frame of %d+%d bytes is over the limit of %d+%d", ErrUnsendable, size, total, MaxMessage, MaxPayload)
 	}
 	head := make([]byte, headerSize, headerSize+size)
 	binary.BigEndian.PutUint32(head[0:], uint32(size))
 	binary.BigEndian.PutUint32(head[4:], uint32(total))
 	head, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(head, m)
 	if err != nil {
-		return fmt.Errorf("encode frame: %w", err)
+		return fmt.Errorf("%w: %w", ErrUnsendable, err)
 	}
 	buffers := make(net.Buffers, 1, 1+len(payload))
 	buffers[0] = head
@@ -55,6 +66,8 @@ func Write(w io.Writer, m proto.Message, payload ...[]byte) error {
 type Reader struct {
 	// R is where the frames come from; best a buffered reader.
 	R io.Reader
+	// Limit bounds the encoded message; 0 is MaxMessage.
+	Limit uint32
 
 	head    [headerSize]byte
 	message []byte
@@ -69,8 +82,12 @@ func (r *Reader) Read(m proto.Message) (payload int, err error) {
 	}
 	size := binary.BigEndian.Uint32(r.head[0:])
 	total := binary.BigEndian.Uint32(r.head[4:])
-	if size > MaxMessage || total > MaxPayload {
-		return 0, fmt.Errorf("frame of %d+%d bytes is over the limit of %d+%d", size, total, MaxMessage, MaxPayload)
+	limit := r.Limit
+	if limit == 0 {
+		limit = MaxMessage
+	}
+	if size > limit || total > MaxPayload {
+		return 0, fmt.Errorf("frame of %d+%d bytes is over the limit of %d+%d", size, total, limit, MaxPayload)
 	}
 	if uint32(cap(r.message)) < size {
 		r.message = make([]byte, size)

@@ -61,6 +61,77 @@ func TestWriteRefusesWhatReadWould(t *testing.T) {
 	}
 }
 
+func TestWriteLeavesThePipeAloneOnBadMessages(t *testing.T) {
+	for name, m := range map[string]*guestv1.Request{
+		"not UTF-8": {Call: &guestv1.Request_Start{Start: &guestv1.StartRequest{Args: []string{"\xff"}}}},
+		"too large": {Call: &guestv1.Request_Start{Start: &guestv1.StartRequest{Source: make([]byte, MaxMessage)}}},
+	} {
+		var pipe bytes.Buffer
+		if err := Write(&pipe, m); !errors.Is(err, ErrUnsendable) || pipe.Len() > 0 {
+			t.Errorf("%s: %v after %d bytes", name, err, pipe.Len())
+		}
+	}
+	broken := errors.New("broken")
+	if err := Write(brokenWriter{broken}, &guestv1.Request{}); !errors.Is(err, broken) || errors.Is(err, ErrUnsendable) {
+		t.Errorf("a broken pipe: %v", err)
+	}
+}
+
+type brokenWriter struct{ err error }
+
+func (w brokenWriter) Write([]byte) (int, error) { return 0, w.err }
+
+func TestReadLimit(t *testing.T) {
+	var pipe bytes.Buffer
+	m := &guestv1.Request{Call: &guestv1.Request_Start{Start: &guestv1.StartRequest{Source: make([]byte, 1000)}}}
+	if err := Write(&pipe, m); err != nil {
+		t.Fatal(err)
+	}
+	size := uint32(proto.Size(m))
+	for limit, ok := range map[uint32]bool{0: true, size: true, size - 1: false, 1: false} {
+		r := &Reader{R: bytes.NewReader(pipe.Bytes()), Limit: limit}
+		if _, err := r.Read(new(guestv1.Request)); (err == nil) != ok {
+			t.Errorf("a message of %d bytes with the limit %d: %v", size, limit, err)
+		}
+	}
+}
+
+// TestReadHoldsLittle reads one large message and looks at what is kept of it.
+func TestReadHoldsLittle(t *testing.T) {
+	var pipe bytes.Buffer
+	for _, n := range []int{MaxMessage / 2, 100} {
+		m := &guestv1.Request{Call: &guestv1.Request_Start{Start: &guestv1.StartRequest{Source: bytes.Repeat([]byte{byte(n)}, n)}}}
+		if err := Write(&pipe, m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := &Reader{R: &pipe}
+	large, small := new(guestv1.Request), new(guestv1.Request)
+	if _, err := r.Read(large); err != nil {
+		t.Fatal(err)
+	}
+	if cap(r.message) > 64<<10 {
+		t.Errorf("%d bytes are kept after a large message", cap(r.message))
+	}
+	if _, err := r.Read(small); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(large.GetStart().GetSource()); n != MaxMessage/2 || large.GetStart().GetSource()[n-1] != 0 {
+		t.Error("the first message changed when the second was read")
+	}
+}
+
+// TestAnswersFit builds the largest answers that a guest gives.
+func TestAnswersFit(t *testing.T) {
+	read := &guestv1.ReadResponse{Exit: &guestv1.Exit{RunMicros: 1<<64 - 1, CpuUserMicros: 1<<64 - 1, MaxRssBytes: 1<<64 - 1}}
+	for range MaxChunks {
+		read.Chunks = append(read.Chunks, &guestv1.Chunk{Stream: guestv1.Stream_STREAM_STDERR, Size: 1 << 20})
+	}
+	if size := proto.Size(&guestv1.Response{Id: 1<<64 - 1, Answer: &guestv1.Response_Read{Read: read}}); size > MaxAnswer/4 {
+		t.Errorf("an answer with the most chunks has %d bytes", size)
+	}
+}
+
 func TestReadRefusesLies(t *testing.T) {
 	header := func(size, total uint32) []byte {
 		b := make([]byte, 8)
