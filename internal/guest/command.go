@@ -1,10 +1,9 @@
 package guest
 
 import (
-	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -18,6 +17,9 @@ const (
 	// they are killed: enough for the tee behind `exec > >(tee log)` to write its
 	// last line, too short to be felt.
 	drainWindow = 100 * time.Millisecond
+	// lastWords is how much output such processes may write beyond the window if it is
+	// we who keep them waiting: more than a tee can hold.
+	lastWords = 4 << 20
 	// killPatience bounds the wait for killed processes to be gone. One in
 	// uninterruptible sleep can take longer; then the exit says that the tree was
 	// not seen empty.
@@ -26,14 +28,11 @@ const (
 	// a process of another command can hold one that it was sent over a socket.
 	holderPatience = time.Second
 
-	spoolBytes  = 1 << 20
-	pipeBytes   = 1 << 20
-	smallBuffer = 4 << 10
-	largeBuffer = 128 << 10
+	spoolBytes = 1 << 20
 )
 
 // command is one execution inside the guest: its processes, its output, its end.
-// Its goroutine run owns it; the others only send stops and read the spool.
+// Its goroutine run owns it; the others only order stops and read the spool.
 type command struct {
 	id    string
 	spool *spool
@@ -46,18 +45,22 @@ type command struct {
 
 	begun     time.Time
 	died      <-chan death
-	pipes     [2]*os.File
-	read      sync.WaitGroup
+	pipes     [2]*os.File // closed by run
 	sourceDir string
-
-	stops chan stop
+	// ended closes when the exit can be read and nothing is left to clean up.
 	ended chan struct{}
+
+	mu      sync.Mutex
+	cause   guestv1.StopCause // why it is being stopped, if it is
+	killAt  time.Time         // when the grace is over
+	ordered chan struct{}     // has one element when cause or killAt is news
 }
 
-// stop asks for the end of a command.
-type stop struct {
-	cause guestv1.StopCause
-	grace time.Duration
+func newCommand(id string) *command {
+	return &command{
+		id: id, spool: newSpool(spoolBytes),
+		started: make(chan struct{}), ended: make(chan struct{}), ordered: make(chan struct{}, 1),
+	}
 }
 
 // start makes the command's processes. On an error nothing of it is left.
@@ -71,22 +74,18 @@ func (c *command) start(g *Guest, r *guestv1.StartRequest, arrived time.Time) (e
 		}
 	}()
 
-	args := append([]string(nil), r.GetArgs()...)
-	if len(args) == 0 {
-		return refuse(guestv1.Error_KIND_INVALID, "no program")
+	if err := checkStart(r); err != nil {
+		return err
 	}
+	args := append([]string(nil), r.GetArgs()...)
 	dir := r.GetWorkingDirectory()
 	if err := workingDirectory(dir, r.GetCreateWorkingDirectory()); err != nil {
 		return err
 	}
 	if name := r.GetSourceName(); name != "" {
-		at := int(r.GetSourceArgument())
-		if at >= len(args) || filepath.Base(name) != name {
-			return refuse(guestv1.Error_KIND_INVALID, "source argument %d of %d, name %q", at, len(args), name)
-		}
 		c.sourceDir = filepath.Join(g.runtimeDirectory, c.id)
 		undo = append(undo, func() { _ = os.RemoveAll(c.sourceDir) })
-		if args[at], err = writeSource(c.sourceDir, name, r.GetSource()); err != nil {
+		if args[r.GetSourceArgument()], err = writeSource(c.sourceDir, name, r.GetSource()); err != nil {
 			return err
 		}
 	}
@@ -96,14 +95,9 @@ func (c *command) start(g *Guest, r *guestv1.StartRequest, arrived time.Time) (e
 	}
 
 	if c.tree, err = g.newTree(c.id); err != nil {
-		return err
+		return resourceError(err)
 	}
 	undo = append(undo, c.tree.remove)
-	stdin, err := os.Open(os.DevNull)
-	if err != nil {
-		return err
-	}
-	defer stdin.Close()
 	var writers [2]int
 	for i := range writers {
 		if c.pipes[i], writers[i], err = outputPipe(); err != nil {
@@ -114,181 +108,238 @@ func (c *command) start(g *Guest, r *guestv1.StartRequest, arrived time.Time) (e
 	}
 	attr := &syscall.ProcAttr{
 		Dir: dir, Env: r.GetEnv(),
-		Files: []uintptr{stdin.Fd(), uintptr(writers[0]), uintptr(writers[1])},
+		Files: []uintptr{g.null.Fd(), uintptr(writers[0]), uintptr(writers[1])},
 		// A session of its own: nothing that the command does to its group or its
 		// terminal reaches another command.
 		Sys: &syscall.SysProcAttr{Setsid: true},
 	}
 	c.tree.adopt(attr.Sys)
 	c.begun = time.Now()
-	c.pid, c.died, err = g.reaper.spawn(func() (int, error) { return g.spawner.start(path, args, attr) })
+	c.pid, c.died, err = g.reaper.spawn(func() (int, error) {
+		pid, err := g.spawner.start(path, args, attr)
+		if err == nil {
+			c.tree.started(pid)
+		}
+		return pid, err
+	})
 	if err != nil {
 		return execError(path, err)
 	}
-	c.tree.started(c.pid)
 	c.micros = uint64(time.Since(arrived).Microseconds())
 	return nil
 }
 
-// run follows the command to its end and leaves the exit in the spool.
-func (c *command) run(free *buffers, timeout, grace time.Duration) {
-	for i, stream := range []guestv1.Stream{guestv1.Stream_STREAM_STDOUT, guestv1.Stream_STREAM_STDERR} {
-		c.read.Go(func() { c.pump(c.pipes[i], stream, free) })
+// stop orders the end. It never waits: whoever orders it may be the one who has to
+// read output for the command to come to its end. The first cause stands, a later
+// order can only shorten the grace.
+func (c *command) stop(cause guestv1.StopCause, grace time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	at := time.Now().Add(grace)
+	if c.cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED && !at.Before(c.killAt) {
+		return
 	}
-	var timedOut, kill <-chan time.Time
+	c.killAt = at
+	if c.cause == guestv1.StopCause_STOP_CAUSE_UNSPECIFIED {
+		c.cause = cause
+	}
+	select {
+	case c.ordered <- struct{}{}:
+	default:
+	}
+}
+
+// order is the stop that is in force; no cause means none.
+func (c *command) order() (guestv1.StopCause, time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.cause, c.killAt
+}
+
+// run follows the command to its end and leaves the exit in the spool.
+func (c *command) run(stock *stock, timeout, grace time.Duration) {
+	var pumps sync.WaitGroup
+	for i, stream := range []guestv1.Stream{guestv1.Stream_STREAM_STDOUT, guestv1.Stream_STREAM_STDERR} {
+		pumps.Go(func() { pump(c.pipes[i], newSource(c.spool, stream, stock)) })
+	}
+	end := &ending{tree: c.tree, found: make(map[int]bool)}
+	leader := c.lead(end, timeout, grace)
+	if !c.awaitStrays(end) {
+		end.kill()
+	}
+	c.drain(&pumps)
+
+	exit := c.exitOf(leader)
+	exit.StopCause = end.cause
+	exit.Killed = end.killed
+	exit.Reaped, exit.TreeEmpty = end.outcome()
+	c.spool.finish(exit)
+
+	// What is left to clean up is nothing that anybody waits for.
+	c.tree.remove()
+	if c.sourceDir != "" {
+		_ = os.RemoveAll(c.sourceDir)
+	}
+	close(c.ended)
+}
+
+// ending is what run does about the end of the tree and finds out about it.
+type ending struct {
+	tree   tree
+	cause  guestv1.StopCause // of the stop that was carried out, if one was
+	found  map[int]bool      // processes that were left, or had to be killed
+	killed bool              // TERM and the grace did not do
+	empty  bool              // the tree was seen empty
+}
+
+// find notes who is there and says whether nobody is.
+func (e *ending) find() bool {
+	pids, err := e.tree.processes()
+	for _, pid := range pids {
+		e.found[pid] = true
+	}
+	e.empty = err == nil && len(pids) == 0
+	return e.empty
+}
+
+// terminate asks everybody to end.
+func (e *ending) terminate() {
+	pids, _ := e.tree.processes()
+	for _, pid := range pids {
+		_ = syscall.Kill(pid, syscall.SIGTERM)
+		// A stopped process takes TERM only once it goes on.
+		_ = syscall.Kill(pid, syscall.SIGCONT)
+	}
+}
+
+// kill ends whoever is there.
+func (e *ending) kill() {
+	if !e.find() {
+		e.killed = e.killed || e.cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED
+		e.empty = e.tree.kill(killPatience)
+	}
+}
+
+// outcome is how many of those that were found are gone, and whether all are.
+func (e *ending) outcome() (reaped uint32, empty bool) {
+	if e.empty {
+		return uint32(len(e.found)), true
+	}
+	pids, err := e.tree.processes()
+	for _, pid := range pids {
+		delete(e.found, pid)
+	}
+	return uint32(len(e.found)), err == nil && len(pids) == 0
+}
+
+// lead waits for the end of the leader and carries out stops meanwhile.
+func (c *command) lead(end *ending, timeout, grace time.Duration) death {
+	var timedOut <-chan time.Time
 	if timeout > 0 {
 		t := time.NewTimer(timeout)
 		defer t.Stop()
 		timedOut = t.C
 	}
-	var (
-		leader   death
-		dead     bool
-		cause    guestv1.StopCause
-		killAt   time.Time
-		killed   bool
-		reaped   int
-		stopping = func(s stop) {
-			if cause == guestv1.StopCause_STOP_CAUSE_UNSPECIFIED {
-				cause = s.cause
-				signalAll(c.tree, syscall.SIGTERM)
-				// A stopped process takes TERM only once it goes on.
-				signalAll(c.tree, syscall.SIGCONT)
-			}
-			if at := time.Now().Add(s.grace); killAt.IsZero() || at.Before(killAt) {
-				killAt = at
-				kill = time.After(s.grace)
-			}
-		}
-	)
-	for !dead {
+	kill := time.NewTimer(time.Hour)
+	kill.Stop()
+	defer kill.Stop()
+	for {
 		select {
-		case leader = <-c.died:
-			dead = true
+		case d := <-c.died:
+			return d
 		case <-timedOut:
 			timedOut = nil
-			stopping(stop{guestv1.StopCause_STOP_CAUSE_TIMEOUT, grace})
-		case s := <-c.stops:
-			stopping(s)
-		case <-kill:
-			kill, killed = nil, true
-			n, _ := c.tree.kill(killPatience)
-			reaped += n
-		}
-	}
-	// What outlives the leader has the rest of the grace if the command is being
-	// stopped, else only the moment it takes to write its last words.
-	left := drainWindow
-	if cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED {
-		left = time.Until(killAt)
-	}
-	if !c.awaitStrays(left) {
-		killed = killed || cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED
-	}
-	n, empty := c.tree.kill(killPatience)
-	reaped += n
-	c.drain()
-	ended := time.Now()
-
-	exit := c.exitOf(leader)
-	exit.StopCause = cause
-	exit.Killed = killed
-	exit.Reaped = uint32(reaped)
-	exit.TreeEmpty = empty
-	exit.RunMicros = uint64(ended.Sub(c.begun).Microseconds())
-	if first, ok := c.spool.firstOutput(); ok {
-		micros := uint64(first.Sub(c.begun).Microseconds())
-		exit.FirstOutputMicros = &micros
-	}
-	c.tree.remove()
-	if c.sourceDir != "" {
-		_ = os.RemoveAll(c.sourceDir) // what the command left in it is its sandbox's to remove
-	}
-	c.spool.finish(exit)
-	close(c.ended)
-}
-
-// awaitStrays waits until nothing of the tree is left, at most so long; a stop that
-// comes meanwhile can shorten that.
-func (c *command) awaitStrays(left time.Duration) bool {
-	deadline := time.Now().Add(left)
-	for pause := 200 * time.Microsecond; ; pause = min(2*pause, 5*time.Millisecond) {
-		if len(c.tree.processes()) == 0 {
-			return true
-		}
-		if !time.Now().Before(deadline) {
-			return false
-		}
-		select {
-		case s := <-c.stops:
-			if at := time.Now().Add(s.grace); at.Before(deadline) {
-				deadline = at
-			}
-		case <-time.After(pause):
-		}
-	}
-}
-
-// drain waits for the end of the pipes; nobody of the tree holds them any more.
-func (c *command) drain() {
-	done := make(chan struct{})
-	var waiter sync.WaitGroup
-	waiter.Go(func() { c.read.Wait(); close(done) })
-	for waiting := true; waiting; {
-		select {
-		case <-done:
-			waiting = false
-		case <-time.After(holderPatience):
-			// A reader that waits for room in the spool is waited for: its bytes are
-			// the command's. Pipes that are empty and do not end are given up.
-			if c.pipesIdle() {
-				for _, p := range c.pipes {
-					_ = p.SetReadDeadline(time.Unix(1, 0))
+			c.stop(guestv1.StopCause_STOP_CAUSE_TIMEOUT, grace)
+		case <-c.ordered:
+			cause, at := c.order()
+			if end.cause == guestv1.StopCause_STOP_CAUSE_UNSPECIFIED {
+				if d, ok := c.alreadyDead(); ok {
+					return d
+				}
+				end.cause = cause
+				if time.Until(at) > 0 {
+					end.terminate()
 				}
 			}
+			kill.Reset(time.Until(at))
+		case <-kill.C:
+			end.kill()
 		}
 	}
-	waiter.Wait()
+}
+
+// alreadyDead finds a leader that ended by itself before it was stopped and whose end
+// is only not told yet.
+func (c *command) alreadyDead() (death, bool) {
+	pids, err := c.tree.processes()
+	if err != nil || slices.Contains(pids, c.pid) {
+		return death{}, false
+	}
+	t := time.NewTimer(killPatience) // a process that traces it may keep its end from us
+	defer t.Stop()
+	select {
+	case d := <-c.died:
+		return d, true
+	case <-t.C:
+		return death{}, false
+	}
+}
+
+// awaitStrays waits until nothing of the tree is left: as long as the grace of a stop
+// goes on, else only for the moment it takes to write some last words.
+func (c *command) awaitStrays(end *ending) bool {
+	if end.find() {
+		return true
+	}
+	stopped := end.cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED
+	deadline := time.Now().Add(drainWindow)
+	if cause, at := c.order(); stopped || cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED && at.Before(deadline) {
+		deadline = at
+	}
+	enough := c.spool.written() + lastWords
+	for pause := 200 * time.Microsecond; time.Now().Before(deadline); pause = min(2*pause, 10*time.Millisecond) {
+		now := time.Now()
+		timer := time.NewTimer(pause)
+		tick := timer.C
+		var room <-chan struct{}
+		if !stopped {
+			if room = c.spool.blocked(enough); room != nil {
+				tick = nil
+			}
+		}
+		select {
+		case <-tick:
+		case <-room:
+			// Who writes was kept waiting by us: that was not its time.
+			deadline = deadline.Add(time.Since(now))
+		case <-c.ordered:
+			stopped = true
+			if _, at := c.order(); at.Before(deadline) {
+				deadline = at
+			}
+		}
+		timer.Stop()
+		if isEmpty(c.tree) {
+			end.empty = true
+			return true
+		}
+	}
+	return false
+}
+
+// drain waits for the end of the pipes; nobody of the tree holds them any more. If
+// somebody else does, what is in them is taken and they are given up. A pump that
+// waits for room in the spool is waited for: its bytes are the command's.
+func (c *command) drain(pumps *sync.WaitGroup) {
+	patience := time.AfterFunc(holderPatience, func() {
+		for _, p := range c.pipes {
+			_ = p.SetReadDeadline(time.Unix(1, 0))
+		}
+	})
+	defer patience.Stop()
+	pumps.Wait()
 	for _, p := range c.pipes {
 		p.Close()
-	}
-}
-
-// pipesIdle says whether nothing is left to read in either pipe.
-func (c *command) pipesIdle() bool {
-	for _, p := range c.pipes {
-		raw, err := p.SyscallConn()
-		if err != nil {
-			continue
-		}
-		waiting := 0
-		_ = raw.Control(func(fd uintptr) { waiting, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
-		if waiting > 0 {
-			return false
-		}
-	}
-	return true
-}
-
-// pump moves one pipe into the spool until the pipe ends.
-func (c *command) pump(pipe *os.File, stream guestv1.Stream, free *buffers) {
-	size := smallBuffer
-	for {
-		b := free.get(size)
-		n, err := pipe.Read(b.bytes)
-		if n > 0 {
-			if n == len(b.bytes) {
-				size = largeBuffer
-			} else if n < smallBuffer {
-				size = smallBuffer
-			}
-			c.spool.append(stream, b, n)
-		} else {
-			b.release()
-		}
-		if err != nil {
-			return
-		}
 	}
 }
 
@@ -299,6 +350,7 @@ func (c *command) exitOf(d death) *guestv1.Exit {
 		CpuSystemMicros: uint64(time.Duration(d.usage.Stime.Nano()).Microseconds()),
 		MaxRssBytes:     uint64(d.usage.Maxrss) << 10,
 		CoreDumped:      d.status.CoreDump(),
+		RunMicros:       uint64(max(d.when.Sub(c.begun), 0).Microseconds()),
 	}
 	if user, system, ok := c.tree.cpu(); ok {
 		exit.CpuUserMicros, exit.CpuSystemMicros = uint64(user.Microseconds()), uint64(system.Microseconds())
@@ -308,59 +360,9 @@ func (c *command) exitOf(d death) *guestv1.Exit {
 	} else {
 		exit.Status = &guestv1.Exit_Code{Code: int32(d.status.ExitStatus())}
 	}
+	if first, ok := c.spool.firstOutput(); ok {
+		micros := uint64(max(first.Sub(c.begun), 0).Microseconds())
+		exit.FirstOutputMicros = &micros
+	}
 	return exit
-}
-
-// workingDirectory checks the directory before the start, because execve's error
-// would not tell it from a missing program.
-func workingDirectory(dir string, create bool) error {
-	info, err := os.Stat(dir)
-	switch {
-	case errors.Is(err, os.ErrNotExist) && create:
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return refuse(guestv1.Error_KIND_NO_SUCH_PROGRAM, "make the working directory: %v", err)
-		}
-	case err != nil:
-		return refuse(guestv1.Error_KIND_NO_SUCH_PROGRAM, "working directory %q: %v", dir, errors.Unwrap(err))
-	case !info.IsDir():
-		return refuse(guestv1.Error_KIND_NO_SUCH_PROGRAM, "working directory %q: is not a directory", dir)
-	}
-	return nil
-}
-
-// writeSource writes the source file into a directory of its own and returns its path.
-func writeSource(dir, name string, source []byte) (string, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", fmt.Errorf("make the directory for the source: %w", err)
-	}
-	path := filepath.Join(dir, name)
-	// O_EXCL: nothing in the sandbox may have put a link there.
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return "", fmt.Errorf("write the source: %w", err)
-	}
-	_, err = f.Write(source)
-	if err := errors.Join(err, f.Close()); err != nil {
-		return "", fmt.Errorf("write the source: %w", err)
-	}
-	return path, nil
-}
-
-// outputPipe makes a pipe: an end that is read without holding a thread, and the
-// descriptor of the end for the program, which must be a blocking one.
-func outputPipe() (r *os.File, w int, err error) {
-	var p [2]int
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
-		return nil, -1, err
-	}
-	if err := unix.SetNonblock(p[0], true); err != nil {
-		unix.Close(p[0])
-		unix.Close(p[1])
-		return nil, -1, err
-	}
-	// A large pipe lets a fast writer run on while it is being read: three times the
-	// throughput of the 64 KiB default. Refused where the user's pages are used up,
-	// which costs only speed.
-	_, _ = unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, pipeBytes)
-	return os.NewFile(uintptr(p[0]), "output"), p[1], nil
 }

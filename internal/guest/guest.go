@@ -11,21 +11,33 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/guest/wire"
+	"golang.org/x/sys/unix"
 )
 
 const (
 	maxWait = time.Minute
 	// maxInFlight bounds the requests of one pipe that are being worked on.
 	maxInFlight = 4096
+	// maxCommands bounds the commands that are held, so that their ids fit into one
+	// answer.
+	maxCommands = 4096
+	// maxErrorText bounds the text of an error that is answered.
+	maxErrorText = 2 << 10
+	// stockBlocks is how many of the largest blocks are kept for the next use: what a
+	// flood of output goes round in.
+	stockBlocks = 12
 )
 
 // Config says how a Guest starts programs.
@@ -45,8 +57,9 @@ type Guest struct {
 	spawner          *spawner
 	reaper           *reaper
 	cgroups          *os.File
+	null             *os.File
 	runtimeDirectory string
-	buffers          *buffers
+	stock            *stock
 
 	mu       sync.Mutex
 	commands map[string]*command
@@ -59,15 +72,25 @@ func New(cfg Config) (*Guest, error) {
 	if confine == nil {
 		confine = func() error { return nil }
 	}
+	// What this process was started with, on purpose or by somebody's mistake, is not
+	// for the programs.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("keep open files from programs: %w", err)
+	}
+	// Opened once: what runs in the sandbox may put something else there.
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, fmt.Errorf("open what programs read from: %w", err)
+	}
 	s, err := newSpawner(confine)
 	if err != nil {
+		null.Close()
 		return nil, err
 	}
 	return &Guest{
-		spawner: s, reaper: newReaper(), cgroups: cfg.Cgroups,
-		runtimeDirectory: cfg.RuntimeDirectory,
-		buffers:          newBuffers(16),
-		commands:         make(map[string]*command),
+		spawner: s, reaper: newReaper(), cgroups: cfg.Cgroups, null: null,
+		runtimeDirectory: cfg.RuntimeDirectory, stock: newStock(stockBlocks),
+		commands: make(map[string]*command),
 	}, nil
 }
 
@@ -116,7 +139,16 @@ func (g *Guest) ServePipe(pipe io.ReadWriteCloser) {
 		if _, err := io.CopyN(io.Discard, r.R, int64(n)); err != nil {
 			return
 		}
-		slots <- struct{}{}
+		select {
+		case slots <- struct{}{}:
+		default:
+			// Not waited for: then the end of the pipe would not be seen.
+			err := refuse(guestv1.Error_KIND_EXHAUSTED, "%d requests are open already", maxInFlight)
+			if answers.refuse(req.GetId(), err) != nil {
+				return
+			}
+			continue
+		}
 		handlers.Go(func() {
 			defer func() { <-slots }()
 			if err := g.answer(ctx, req, answers); err != nil {
@@ -139,6 +171,10 @@ func (a *answerer) write(resp *guestv1.Response, payload ...[]byte) error {
 	return wire.Write(a.w, resp, payload...)
 }
 
+func (a *answerer) refuse(id uint64, why error) error {
+	return a.write(&guestv1.Response{Id: id, Answer: &guestv1.Response_Error{Error: errorOf(why)}})
+}
+
 // answer does one request.
 func (g *Guest) answer(ctx context.Context, req *guestv1.Request, out *answerer) error {
 	resp := &guestv1.Response{Id: req.GetId()}
@@ -158,7 +194,7 @@ func (g *Guest) answer(ctx context.Context, req *guestv1.Request, out *answerer)
 			}
 			err := out.write(resp, payload...)
 			for _, p := range pieces {
-				p.buf.release()
+				p.block.release()
 			}
 			return err
 		}
@@ -176,13 +212,18 @@ func (g *Guest) answer(ctx context.Context, req *guestv1.Request, out *answerer)
 		err = refuse(guestv1.Error_KIND_INVALID, "a request that this guest (protocol %d) does not know", wire.Protocol)
 	}
 	if err != nil {
-		resp.Answer = &guestv1.Response_Error{Error: errorOf(err)}
+		return out.refuse(req.GetId(), err)
 	}
-	return out.write(resp)
+	if err := out.write(resp); !errors.Is(err, wire.ErrUnsendable) {
+		return err
+	}
+	return out.refuse(req.GetId(), errors.New("the answer cannot be sent"))
 }
 
 func errorOf(err error) *guestv1.Error {
-	e := &guestv1.Error{Kind: guestv1.Error_KIND_INTERNAL, Message: err.Error()}
+	// It has to fit into an answer, whatever names and paths are in it.
+	text := err.Error()
+	e := &guestv1.Error{Kind: guestv1.Error_KIND_INTERNAL, Message: strings.ToValidUTF8(text[:min(len(text), maxErrorText)], "?")}
 	if se, ok := errors.AsType[*startError](err); ok {
 		e.Kind = se.kind
 	}
@@ -198,10 +239,11 @@ func (g *Guest) start(r *guestv1.StartRequest) (*guestv1.StartResponse, error) {
 	g.mu.Lock()
 	c, repeat := g.commands[id]
 	if !repeat {
-		c = &command{
-			id: id, spool: newSpool(spoolBytes, g.buffers),
-			started: make(chan struct{}), stops: make(chan stop, 1), ended: make(chan struct{}),
+		if len(g.commands) >= maxCommands {
+			g.mu.Unlock()
+			return nil, refuse(guestv1.Error_KIND_EXHAUSTED, "%d commands are held already", maxCommands)
 		}
+		c = newCommand(id)
 		g.commands[id] = c
 	}
 	g.mu.Unlock()
@@ -215,7 +257,7 @@ func (g *Guest) start(r *guestv1.StartRequest) (*guestv1.StartResponse, error) {
 			delete(g.commands, id)
 			g.mu.Unlock()
 		} else {
-			g.running.Go(func() { c.run(g.buffers, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetGraceMs())) })
+			g.running.Go(func() { c.run(g.stock, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetGraceMs())) })
 		}
 		close(c.started)
 	}
@@ -243,7 +285,7 @@ func (g *Guest) read(ctx context.Context, r *guestv1.ReadRequest, resp *guestv1.
 	if err != nil {
 		return nil, err
 	}
-	limit := int(min(r.GetMaxBytes(), wire.MaxPayload))
+	limit := int64(min(r.GetMaxBytes(), wire.MaxPayload))
 	if limit == 0 {
 		return nil, refuse(guestv1.Error_KIND_INVALID, "max_bytes is 0")
 	}
@@ -254,7 +296,7 @@ func (g *Guest) read(ctx context.Context, r *guestv1.ReadRequest, resp *guestv1.
 	for {
 		pieces, exit, wait, err := c.spool.read(int64(r.GetPosition()), limit)
 		if err != nil {
-			return nil, refuse(guestv1.Error_KIND_INVALID, "position %d: %v", r.GetPosition(), err)
+			return nil, refuse(guestv1.Error_KIND_INVALID, "position %d %v", r.GetPosition(), err)
 		}
 		if wait == nil {
 			for _, p := range pieces {
@@ -278,29 +320,31 @@ func (g *Guest) stop(r *guestv1.StopRequest) error {
 	if err != nil {
 		return err
 	}
-	s := stop{guestv1.StopCause_STOP_CAUSE_REQUESTED, milliseconds(r.GetGraceMs())}
-	select {
-	case c.stops <- s:
-	case <-c.ended:
-	}
+	c.stop(guestv1.StopCause_STOP_CAUSE_REQUESTED, milliseconds(r.GetGraceMs()))
 	return nil
 }
 
 func (g *Guest) release(r *guestv1.ReleaseRequest) error {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	c, ok := g.commands[r.GetExecution()]
+	g.mu.Unlock()
 	if !ok {
 		return nil
 	}
-	select {
-	case <-c.ended:
-		delete(g.commands, c.id)
-		c.spool.discard()
-		return nil
-	default:
+	if !c.spool.finished() {
 		return refuse(guestv1.Error_KIND_INVALID, "command %q still runs", c.id)
 	}
+	<-c.ended // the rest of its clean-up
+	g.mu.Lock()
+	if g.commands[c.id] == c {
+		delete(g.commands, c.id)
+	}
+	if len(g.commands) == 0 {
+		g.stock.empty()
+	}
+	g.mu.Unlock()
+	c.spool.discard()
+	return nil
 }
 
 func (g *Guest) info() *guestv1.InfoResponse {
@@ -337,5 +381,5 @@ func (g *Guest) Close() error {
 	g.running.Wait()
 	g.reaper.close()
 	g.spawner.close()
-	return nil
+	return g.null.Close()
 }

@@ -56,7 +56,7 @@ func (r *reaper) loop() {
 		r.mu.Lock()
 		switch err {
 		case nil:
-			r.takeAll()
+			r.take()
 		case unix.ECHILD:
 			for len(r.waiting) == 0 && !r.closed {
 				r.children.Wait()
@@ -70,9 +70,10 @@ func (r *reaper) loop() {
 	}
 }
 
-// takeAll reaps every dead child.
-func (r *reaper) takeAll() {
-	for {
+// take reaps the dead children that are there, but not for ever: a program whose
+// orphans die faster than this must not keep others from being started.
+func (r *reaper) take() {
+	for range 64 {
 		var d death
 		pid, err := syscall.Wait4(-1, &d.status, syscall.WNOHANG, &d.usage)
 		if err == syscall.EINTR {

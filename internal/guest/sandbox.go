@@ -6,9 +6,9 @@ import (
 	"io"
 	"net"
 	"os"
-	"os/signal"
 	"runtime"
 	"syscall"
+	"unsafe"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/guest/confine"
@@ -27,11 +27,7 @@ func RunInit(setupSocket int) error {
 	// Enough to move output while requests are answered; more would only cost
 	// memory in each of a thousand sandboxes.
 	runtime.GOMAXPROCS(min(runtime.NumCPU(), 2))
-	// What runs in the sandbox may signal process 1; that must not end it. Caught and
-	// dropped, not ignored: programs would inherit an ignored signal.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE,
-		syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGVTALRM, syscall.SIGIO, syscall.SIGPWR,
-		syscall.SIGTSTP, syscall.SIGTTIN, syscall.SIGTTOU, syscall.SIGXCPU, syscall.SIGXFSZ, syscall.SIGSYS, syscall.SIGTRAP)
+	shrugOffSignals()
 	socket := os.NewFile(uintptr(setupSocket), "setup")
 	defer socket.Close()
 	setup, fds, err := receiveSetup(setupSocket)
@@ -48,6 +44,22 @@ func RunInit(setupSocket int) error {
 	}
 	socket.Close()
 	return g.Serve(listener)
+}
+
+// shrugOffSignals gives every signal its default action, which the kernel does not
+// carry out on process 1 for those who are in its namespace: what runs in the sandbox
+// cannot end the guest. The Go runtime has handlers for nearly all of them and would
+// take a SEGV that somebody sent for a fault of its own. A fault of its own still
+// ends the guest.
+func shrugOffSignals() {
+	var byDefault [4]uint64 // the kernel's struct sigaction, all zero
+	for sig := syscall.Signal(1); sig <= 64; sig++ {
+		switch sig {
+		case syscall.SIGURG, syscall.SIGCHLD: // the runtime's own, harmless
+		default:
+			_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&byDefault)), 0, 8, 0, 0)
+		}
+	}
 }
 
 // receiveSetup reads the one frame and the descriptors that come with its first bytes.
