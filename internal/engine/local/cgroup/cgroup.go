@@ -73,17 +73,15 @@ func Find(name, parent string) (*Host, error) {
 		h.v1[c] = dir
 	}
 	if err := h.findV2(layout.v2); err != nil {
-		for _, c := range controllers() {
-			if _, ok := h.v1[c]; !ok {
-				h.missing[c] += "; version 2: " + err.Error()
-			}
+		for c := range h.missing {
+			h.missing[c] += "; version 2: " + err.Error()
 		}
 	}
 	return h, nil
 }
 
-// findV2 makes our directory in version 2, with the controllers that version 1 does
-// not have.
+// findV2 makes our directory in version 2, where most of the controllers can be had
+// that version 1 does not have.
 func (h *Host) findV2(homes []string) error {
 	if len(homes) == 0 {
 		dir, err := mountDetached()
@@ -99,38 +97,52 @@ func (h *Host) findV2(homes []string) error {
 			wanted = append(wanted, c)
 		}
 	}
-	var last error
+	var errs []error
 	for _, home := range homes {
 		dir := filepath.Join(home, h.name)
-		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			last = err
+		granted, err := makeV2(home, dir, wanted)
+		errs = append(errs, err)
+		if granted == nil {
 			continue
 		}
-		if err := unix.Access(filepath.Join(dir, "cgroup.procs"), unix.W_OK); err != nil {
-			_ = os.Remove(dir)
-			last = fmt.Errorf("%s: %w", dir, err)
-			continue
-		}
-		granted := 0
-		for _, c := range wanted {
-			if err := enable(c, home, dir); err != nil {
-				last = err
-				continue
-			}
-			h.inV2[c] = true
-			delete(h.missing, c)
-			granted++
-		}
-		if h.v2 != "" && granted == 0 {
+		if h.v2 != "" && len(granted) <= len(h.inV2) {
 			_ = os.Remove(dir) // the first will do
 			continue
 		}
-		h.v2 = dir
-		if granted == len(wanted) {
-			return nil
+		if h.v2 != "" {
+			_ = os.Remove(h.v2)
+		}
+		h.v2, h.inV2 = dir, granted
+		if len(granted) == len(wanted) {
+			break
 		}
 	}
-	return last
+	for c := range h.inV2 {
+		delete(h.missing, c)
+	}
+	return errors.Join(errs...)
+}
+
+// makeV2 makes our directory under one home and returns which of the wanted
+// controllers it has; nil if no groups can be made there.
+func makeV2(home, dir string, wanted []string) (granted map[string]bool, err error) {
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	if err := unix.Access(filepath.Join(dir, "cgroup.procs"), unix.W_OK); err != nil {
+		_ = os.Remove(dir)
+		return nil, fmt.Errorf("%s: %w", dir, err)
+	}
+	granted = make(map[string]bool)
+	var errs []error
+	for _, c := range wanted {
+		if err := enable(c, home, dir); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		granted[c] = true
+	}
+	return granted, errors.Join(errs...)
 }
 
 // enable hands a controller down to the groups under dir, a child of home.
@@ -144,11 +156,28 @@ func enable(controller, home, dir string) error {
 		if contains(string(have), controller) {
 			continue
 		}
-		if err := os.WriteFile(file, []byte("+"+controller), 0); err != nil {
+		err = write(file, "+"+controller)
+		switch {
+		case errors.Is(err, unix.EBUSY):
+			return fmt.Errorf("hand down the %s controller: %s has processes of its own: %w", controller, d, err)
+		case errors.Is(err, unix.ENOENT): // not of the file, which was just read
+			return fmt.Errorf("hand down the %s controller: %s does not have it", controller, d)
+		case err != nil:
 			return fmt.Errorf("hand down the %s controller: %w", controller, err)
 		}
 	}
 	return nil
+}
+
+// write writes a control file. It must be there: os.WriteFile would try to make it,
+// which the kernel answers with a refusal that hides what is wrong.
+func write(file, text string) error {
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
 }
 
 // mountDetached mounts version 2 where nobody else sees it.
@@ -184,9 +213,6 @@ func (h *Host) CanKill() (bool, string) {
 	if h.v2 == "" {
 		return false, "no control group of version 2 can be made"
 	}
-	if _, err := os.Stat(filepath.Join(h.v2, "cgroup.kill")); err != nil {
-		return true, h.v2 + " (without cgroup.kill, by signals: Linux before 5.14)"
-	}
 	return true, h.v2
 }
 
@@ -196,6 +222,9 @@ func (h *Host) List() ([]string, error) {
 	var names []string
 	for _, dir := range h.dirs() {
 		entries, err := os.ReadDir(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("list control groups: %w", err)
 		}
@@ -266,8 +295,9 @@ func parse(own, mounts, parent string) layout {
 			if parent != "" {
 				path = parent
 			}
+			// Outside of this process's cgroup namespace paths begin with "/..".
 			rel, err := filepath.Rel(root, path)
-			if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
+			if err != nil || !filepath.IsLocal(rel) || strings.HasPrefix(path, "/..") {
 				return "", false
 			}
 			return filepath.Join(point, rel), true

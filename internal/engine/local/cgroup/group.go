@@ -5,11 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Limits bound the commands of one sandbox; zero is no limit.
@@ -29,9 +33,18 @@ type Usage struct {
 
 // Group is the control groups of one sandbox.
 type Group struct {
+	host *Host
 	v1   map[string]string
 	inV2 map[string]bool
 	v2   string // "" if there is no version 2
+}
+
+// Paths are where the groups of a sandbox are. They are kept with it, because an
+// executord after this one may be started from another group and so look elsewhere.
+type Paths struct {
+	V1   map[string]string `json:"v1,omitempty"` // directory by controller
+	V2   string            `json:"v2,omitempty"`
+	InV2 []string          `json:"in_v2,omitempty"` // controllers
 }
 
 // In version 2 the guest and the commands have groups of their own.
@@ -42,7 +55,7 @@ const (
 
 // Open returns the groups of a sandbox, whether they exist or not.
 func (h *Host) Open(sandbox string) *Group {
-	g := &Group{v1: make(map[string]string), inV2: h.inV2}
+	g := &Group{host: h, v1: make(map[string]string), inV2: h.inV2}
 	for c, dir := range h.v1 {
 		g.v1[c] = filepath.Join(dir, sandbox)
 	}
@@ -52,15 +65,38 @@ func (h *Host) Open(sandbox string) *Group {
 	return g
 }
 
-// Create makes the groups of a sandbox with their limits. owner is the host's user
-// id of the sandbox's root, to whom the guest's part is handed over. On an error
-// nothing is left.
-func (h *Host) Create(sandbox string, limits Limits, owner int) (*Group, error) {
+// OpenAt returns the groups of a sandbox that an earlier executord made there.
+func (h *Host) OpenAt(sandbox string, at Paths) *Group {
 	g := h.Open(sandbox)
-	if err := g.create(limits, owner); err != nil {
-		return nil, errors.Join(fmt.Errorf("make control groups: %w", err), g.Remove())
+	if len(at.V1) == 0 && at.V2 == "" {
+		return g
 	}
-	return g, nil
+	g.v1, g.inV2 = at.V1, make(map[string]bool)
+	for _, c := range at.InV2 {
+		g.inV2[c] = true
+	}
+	if at.V2 != "" {
+		g.v2 = at.V2
+	}
+	return g
+}
+
+// Paths tells where the groups are.
+func (g *Group) Paths() Paths {
+	p := Paths{V1: g.v1, InV2: slices.Sorted(maps.Keys(g.inV2))}
+	if g.host.detached == nil { // else the path means something to this process only
+		p.V2 = g.v2
+	}
+	return p
+}
+
+// Create makes the groups with their limits. owner is the host's user id of the
+// sandbox's root, to whom the guest's part is handed over. On an error nothing is left.
+func (g *Group) Create(limits Limits, owner int) error {
+	if err := g.create(limits, owner); err != nil {
+		return errors.Join(fmt.Errorf("make control groups: %w", err), g.Remove())
+	}
+	return nil
 }
 
 func (g *Group) create(limits Limits, owner int) error {
@@ -88,7 +124,7 @@ func (g *Group) createV2(owner int) error {
 		}
 	}
 	for c := range g.inV2 {
-		if err := os.WriteFile(filepath.Join(g.v2, "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
+		if err := write(filepath.Join(g.v2, "cgroup.subtree_control"), "+"+c); err != nil {
 			return err
 		}
 	}
@@ -140,7 +176,7 @@ func (g *Group) limit(l Limits) error {
 		if err != nil {
 			return err
 		}
-		err = os.WriteFile(filepath.Join(dir, s.file), []byte(s.text), 0)
+		err = write(filepath.Join(dir, s.file), s.text)
 		if err != nil && !s.optional {
 			return fmt.Errorf("set %s to %s: %w", s.file, s.text, err)
 		}
@@ -194,44 +230,43 @@ func (g *Group) OpenTasks() ([]*os.File, error) {
 	return files, nil
 }
 
-// Usage reads what was counted.
-func (g *Group) Usage() Usage {
+// Usage reads what was counted. What this kernel does not count is 0.
+func (g *Group) Usage() (Usage, error) {
 	var u Usage
-	if dir, err := g.dirOf(Memory); err == nil {
-		if g.inV2[Memory] {
-			u.PeakMemoryBytes = readNumber(dir, "memory.peak")
-			u.OOMKills = readField(dir, "memory.events", "oom_kill")
-		} else {
-			u.PeakMemoryBytes = readNumber(dir, "memory.max_usage_in_bytes")
-			u.OOMKills = readField(dir, "memory.oom_control", "oom_kill")
+	var errs []error
+	read := func(controller, file, name string) int64 {
+		dir, err := g.dirOf(controller)
+		if err != nil {
+			return 0 // nobody counts it
 		}
+		n, err := readField(filepath.Join(dir, file), name)
+		if !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		return n
 	}
-	if dir, err := g.dirOf(PIDs); err == nil {
-		u.PIDsRefused = readField(dir, "pids.events", "max")
+	if g.inV2[Memory] {
+		u.PeakMemoryBytes, u.OOMKills = read(Memory, "memory.peak", ""), read(Memory, "memory.events", "oom_kill")
+	} else {
+		u.PeakMemoryBytes, u.OOMKills = read(Memory, "memory.max_usage_in_bytes", ""), read(Memory, "memory.oom_control", "oom_kill")
 	}
+	u.PIDsRefused = read(PIDs, "pids.events", "max")
 	if g.v2 != "" {
-		u.CPU = time.Duration(readField(filepath.Join(g.v2, commandGroup), "cpu.stat", "usage_usec")) * time.Microsecond
+		micros, err := readField(filepath.Join(g.v2, commandGroup, "cpu.stat"), "usage_usec")
+		if !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+		u.CPU = time.Duration(micros) * time.Microsecond
 	}
-	return u
+	return u, errors.Join(errs...)
 }
 
-// Processes are those alive, commands only, by the host's ids.
-func (g *Group) Processes() []int {
+// Processes are those alive, commands only, by the host's ids; false if nobody counts.
+func (g *Group) Processes() ([]int, bool) {
 	if g.v2 == "" {
-		return nil
+		return nil, false
 	}
-	return processes(filepath.Join(g.v2, commandGroup))
-}
-
-// Guest is the host's process id of the guest; 0 if it is gone.
-func (g *Group) Guest() int {
-	if g.v2 == "" {
-		return 0
-	}
-	if pids := processes(filepath.Join(g.v2, guestGroup)); len(pids) > 0 {
-		return pids[0]
-	}
-	return 0
+	return processes(filepath.Join(g.v2, commandGroup)), true
 }
 
 // processes collects a group's and those of the groups below.
@@ -260,16 +295,14 @@ func (g *Group) Kill(ctx context.Context) error {
 	for pause := 50 * time.Microsecond; ; pause = min(2*pause, 20*time.Millisecond) {
 		// Written again each time: what is being cloned into a group while the first
 		// kill runs is not missed by the next.
-		err := os.WriteFile(filepath.Join(g.v2, "cgroup.kill"), []byte("1"), 0)
-		if errors.Is(err, fs.ErrNotExist) {
-			if _, err := os.Stat(g.v2); errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			g.signalAll()
-		} else if err != nil {
+		if err := write(filepath.Join(g.v2, "cgroup.kill"), "1"); err != nil && !gone(err) {
 			return fmt.Errorf("kill control group: %w", err)
 		}
-		if readField(g.v2, "cgroup.events", "populated") == 0 {
+		populated, err := readField(filepath.Join(g.v2, "cgroup.events"), "populated")
+		if err != nil && !gone(err) {
+			return fmt.Errorf("see whether control group %s is empty: %w", g.v2, err)
+		}
+		if populated == 0 {
 			return nil
 		}
 		select {
@@ -280,49 +313,46 @@ func (g *Group) Kill(ctx context.Context) error {
 	}
 }
 
-// signalAll kills one by one where the kernel has no cgroup.kill.
-func (g *Group) signalAll() {
-	for _, pid := range processes(g.v2) {
-		if p, err := os.FindProcess(pid); err == nil {
-			_ = p.Kill()
-			_ = p.Release()
-		}
-	}
-}
+// gone says that an error means that the group is not there any more.
+func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
 
 // Remove removes the groups; no process may be in them.
 func (g *Group) Remove() error {
 	var errs []error
-	for _, dir := range g.v1 {
+	ours := g.host.dirs()
+	for _, dir := range append(slices.Collect(maps.Values(g.v1)), g.v2) {
+		if dir == "" {
+			continue
+		}
 		errs = append(errs, removeAll(dir))
-	}
-	if g.v2 != "" {
-		errs = append(errs, removeAll(g.v2))
+		if parent := filepath.Dir(dir); !slices.Contains(ours, parent) {
+			_ = os.Remove(parent) // of an earlier executord; the last sandbox takes it along
+		}
 	}
 	return errors.Join(errs...)
 }
 
-func readNumber(dir, file string) int64 {
-	text, err := os.ReadFile(filepath.Join(dir, file))
+// readField reads the number behind a name in a file of "name number" lines, or the
+// only number of a file if name is empty. A name that is not there counts 0.
+func readField(file, name string) (int64, error) {
+	text, err := os.ReadFile(file)
 	if err != nil {
-		return 0
-	}
-	n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-	return n
-}
-
-// readField reads the number behind a name in a file of "name number" lines.
-func readField(dir, file, name string) int64 {
-	text, err := os.ReadFile(filepath.Join(dir, file))
-	if err != nil {
-		return 0
+		return 0, err
 	}
 	for line := range strings.Lines(string(text)) {
-		key, value, _ := strings.Cut(strings.TrimSpace(line), " ")
-		if key == name {
-			n, _ := strconv.ParseInt(strings.TrimSpace(value), 10, 64)
-			return n
+		line = strings.TrimSpace(line)
+		key, value, _ := strings.Cut(line, " ")
+		if name == "" {
+			key, value = "", line
 		}
+		if key != name {
+			continue
+		}
+		n, err := strconv.ParseInt(strings.TrimSpace(value), 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("%s: %w", file, err)
+		}
+		return n, nil
 	}
-	return 0
+	return 0, nil
 }
