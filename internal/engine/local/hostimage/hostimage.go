@@ -101,8 +101,15 @@ func Prepare(dir, host string, extra []string) (*Image, error) {
 	}
 	slices.Sort(trees) // parents before what is mounted into them
 	trees = slices.Compact(trees)
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("read the id of this run of the host: %w", err)
+	}
+	// Of one run of the host only: what was written shortly before a crash may be
+	// there without its content, and every sandbox that used it is gone.
+	run := "host-" + strings.TrimSpace(string(boot))[:8] + "-"
 	id := fingerprint(host, links, trees)
-	img := &Image{ID: id, Skeleton: filepath.Join(dir, "host-"+id), Trees: trees}
+	img := &Image{ID: id, Skeleton: filepath.Join(dir, run+id), Trees: trees}
 	if _, err := os.Stat(img.Skeleton); err == nil {
 		return img, nil
 	}
@@ -110,11 +117,11 @@ func Prepare(dir, host string, extra []string) (*Image, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	work, err := os.MkdirTemp(dir, "new-")
+	work, err := os.MkdirTemp(dir, run+"new-")
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(work)
+	defer func() { _ = os.RemoveAll(work) }() // gone if all went well; else swept at the next run of the host
 	if err := build(work, host, links, img.Trees); err != nil {
 		return nil, fmt.Errorf("make the skeleton of the host image: %w", err)
 	}
@@ -124,7 +131,23 @@ func Prepare(dir, host string, extra []string) (*Image, error) {
 	if err := os.Rename(work, img.Skeleton); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
-	return img, nil
+	return img, sweep(dir, run)
+}
+
+// sweep removes what earlier runs of the host left.
+func sweep(dir, run string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), run) {
+			if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
+				return fmt.Errorf("remove an image of an earlier run of the host: %w", err)
+			}
+		}
+	}
+	return nil
 }
 
 // topLevel finds which of /bin, /lib and their like are links into /usr, to be made
@@ -150,12 +173,9 @@ func topLevel(host string) (links map[string]string, trees []string, err error) 
 }
 
 func build(work, host string, links map[string]string, trees []string) error {
-	for name, mode := range directories() {
-		if err := os.MkdirAll(filepath.Join(work, name), 0o755); err != nil {
-			return err
-		}
-		// Not by MkdirAll: the mode must not depend on the umask or on the order.
-		if err := os.Chmod(filepath.Join(work, name), mode); err != nil {
+	dirs := directories()
+	for _, name := range slices.Sorted(maps.Keys(dirs)) { // parents first
+		if err := makeDir(filepath.Join(work, name), dirs[name]); err != nil {
 			return err
 		}
 	}
@@ -165,12 +185,12 @@ func build(work, host string, links map[string]string, trees []string) error {
 		}
 	}
 	for _, tree := range trees {
-		if err := os.MkdirAll(filepath.Join(work, tree), 0o755); err != nil {
+		if err := makeDirs(work, tree); err != nil {
 			return err
 		}
 	}
 	for _, name := range etcNames(host) {
-		if err := os.MkdirAll(filepath.Dir(filepath.Join(work, "etc", name)), 0o755); err != nil {
+		if err := makeDirs(work, filepath.Join("etc", filepath.Dir(name))); err != nil {
 			return err
 		}
 		if err := copyTree(filepath.Join(work, "etc", name), filepath.Join(host, "etc", name)); err != nil {
@@ -178,15 +198,38 @@ func build(work, host string, links map[string]string, trees []string) error {
 		}
 	}
 	for name, text := range etcWritten() {
-		if err := os.WriteFile(filepath.Join(work, "etc", name), []byte(text), 0o644); err != nil {
+		if err := writeFile(filepath.Join(work, "etc", name), strings.NewReader(text), 0o644); err != nil {
 			return err
 		}
 	}
 	return os.Symlink("../proc/self/mounts", filepath.Join(work, "etc/mtab"))
 }
 
+// makeDir makes one directory, or takes the one that is there, with exactly this mode:
+// it must not depend on the umask.
+func makeDir(path string, mode fs.FileMode) error {
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return os.Chmod(path, mode)
+}
+
+// makeDirs makes those directories on the way from root to path that are missing.
+func makeDirs(root, path string) error {
+	for name := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
+		root = filepath.Join(root, name)
+		if _, err := os.Lstat(root); err == nil {
+			continue
+		}
+		if err := makeDir(root, 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // copyTree copies what everybody on the host may read. What is missing, and what is
-// private, is left out.
+// private or lies in a private directory, is left out.
 func copyTree(to, from string) error {
 	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
@@ -202,10 +245,14 @@ func copyTree(to, from string) error {
 		target := filepath.Join(to, rel)
 		info, err := d.Info()
 		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil // it went while this looked
 		case err != nil:
 			return err
+		case d.IsDir() && info.Mode().Perm()&0o005 != 0o005:
+			return fs.SkipDir
 		case d.IsDir():
-			return os.MkdirAll(target, 0o755)
+			return makeDir(target, 0o755)
 		case info.Mode()&fs.ModeSymlink != 0:
 			link, err := os.Readlink(path)
 			if err != nil {
@@ -215,22 +262,23 @@ func copyTree(to, from string) error {
 		case !info.Mode().IsRegular() || info.Mode().Perm()&0o004 == 0:
 			return nil
 		}
-		return copyFile(target, path, info.Mode().Perm())
+		in, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer in.Close()
+		return writeFile(target, in, info.Mode().Perm())
 	})
 }
 
-func copyFile(to, from string, mode fs.FileMode) error {
-	in, err := os.Open(from)
+// writeFile makes a file with exactly this mode.
+func writeFile(path string, from io.Reader, mode fs.FileMode) error {
+	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	defer in.Close()
-	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Close())
+	_, err = io.Copy(out, from)
+	return errors.Join(err, out.Chmod(mode), out.Close())
 }
 
 // fingerprint covers the files that change when software is installed on the host,
