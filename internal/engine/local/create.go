@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -38,9 +39,13 @@ const (
 
 // record is what executord must know to find a sandbox again.
 type record struct {
-	Limits     engine.Limits `json:"limits"`
-	PID        int           `json:"pid"`
-	StartTicks uint64        `json:"start_ticks"`
+	Limits engine.Limits `json:"limits"`
+	Groups cgroup.Paths  `json:"groups,omitzero"`
+	// The guest: its process id, when it started, and in which run of the host. 0 and
+	// empty until there is one.
+	PID        int    `json:"pid"`
+	StartTicks uint64 `json:"start_ticks"`
+	Boot       string `json:"boot"`
 }
 
 // keptCapabilities are those of a Docker container: enough for package managers and
@@ -59,18 +64,28 @@ func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err 
 	if err != nil {
 		return nil, err
 	}
-	sb := &sandbox{engine: e, id: spec.ID, dir: e.sandboxDir(spec.ID), limits: limits, done: make(chan struct{})}
+	sb := e.newSandbox(spec.ID)
+	sb.limits = limits
 	defer func() {
 		if err != nil {
 			// The caller's context may be what ended this: the clean-up has its own.
 			clean, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), time.Minute, errors.New("clean-up took too long"))
 			defer cancel()
 			err = errors.Join(err, sb.remove(clean))
+			if sb.process != nil {
+				sb.process.fd.Close()
+			}
 		}
 	}()
 	for _, tree := range append([]string{"/"}, img.Trees...) {
 		for _, half := range []string{"upper", "work"} {
-			if err := os.MkdirAll(filepath.Join(sb.dir, layerName, overlayName(tree), half), 0o755); err != nil {
+			dir := filepath.Join(sb.dir, layerName, overlayName(tree), half)
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return nil, err
+			}
+			// The mode of the upper one is that of the sandbox's root: everybody in it
+			// must get through, whatever umask executord was started with.
+			if err := os.Chmod(dir, 0o755); err != nil {
 				return nil, err
 			}
 		}
@@ -108,7 +123,7 @@ func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err 
 	if err != nil {
 		return nil, err
 	}
-	defer socket.Close()
+	defer func() { _ = socket.Close() }()
 	// Before the guest knows what to do: if executord dies from here on, either the
 	// guest notices the end of the socket and goes, or it is found by this record.
 	if err := sb.writeRecord(); err != nil {
@@ -133,7 +148,12 @@ func (e *Engine) grantGroups(sb *sandbox, s *setup, attr *syscall.SysProcAttr) e
 	ids := []syscall.SysProcIDMap{{HostID: int(first), Size: idsPerSandbox}}
 	attr.UidMappings, attr.GidMappings, attr.GidMappingsEnableSetgroups = ids, ids, true
 
-	sb.group, err = e.groups.Create(sb.id, cgroup.Limits{
+	// Written down before they are made: wherever executord dies, they are found.
+	sb.group = e.groups.Open(sb.id)
+	if err := sb.writeRecord(); err != nil {
+		return err
+	}
+	err = sb.group.Create(cgroup.Limits{
 		MemoryBytes: sb.limits.MemoryBytes, PIDs: sb.limits.PIDs, CPUMillis: sb.limits.CPUMillis,
 	}, int(first))
 	if err != nil {
@@ -180,6 +200,11 @@ func (e *Engine) startGuest(sb *sandbox, attr *syscall.SysProcAttr) (*net.UnixCo
 		return nil, err
 	}
 	defer null.Close()
+	// What executord was started with, such as the sockets of a service manager or what
+	// a shell forgot to close, would go on to the guest and from it to every command.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("keep open files from the guest: %w", err)
+	}
 	pidfd := -1
 	attr.PidFD = &pidfd
 	// No environment and nowhere to write: the guest must know nothing of the host.
@@ -197,6 +222,8 @@ func (e *Engine) startGuest(sb *sandbox, attr *syscall.SysProcAttr) (*net.UnixCo
 		}
 	}
 	if sb.process, err = watchProcess(pid, pidfd, true); err != nil {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+		_, _ = syscall.Wait4(pid, nil, 0, nil)
 		return nil, err
 	}
 	conn, err := net.FileConn(ours)
@@ -348,6 +375,13 @@ func (s *setup) send(ctx context.Context, socket *net.UnixConn) error {
 	if err == nil && n < frame.Len() {
 		_, err = socket.Write(frame.Bytes()[n:])
 	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	errEnded := errors.New("the guest ended before the sandbox was built")
+	if errors.Is(err, syscall.EPIPE) {
+		return errEnded
+	}
 	if err != nil {
 		return fmt.Errorf("send the guest its setup: %w", err)
 	}
@@ -357,7 +391,7 @@ func (s *setup) send(ctx context.Context, socket *net.UnixConn) error {
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
 	case errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET):
-		return errors.New("the guest ended before the sandbox was built")
+		return errEnded
 	case err != nil:
 		return fmt.Errorf("read how the guest's setup went: %w", err)
 	case result.GetError() != "":
@@ -366,14 +400,30 @@ func (s *setup) send(ctx context.Context, socket *net.UnixConn) error {
 	return nil
 }
 
+// writeRecord writes down what is known by now. The old record is there until the
+// new one is whole.
 func (sb *sandbox) writeRecord() error {
-	ticks, ok := startTicks(sb.process.pid)
-	if !ok {
-		return errors.New("the guest ended at once")
+	r := record{Limits: sb.limits}
+	if sb.group != nil {
+		r.Groups = sb.group.Paths()
 	}
-	text, err := json.Marshal(record{Limits: sb.limits, PID: sb.process.pid, StartTicks: ticks})
+	if sb.process != nil {
+		s, err := statOf(sb.process.pid)
+		if err != nil {
+			return fmt.Errorf("look at the guest's process: %w", err)
+		}
+		r.PID, r.StartTicks = sb.process.pid, s.ticks
+		if r.Boot, err = bootID(); err != nil {
+			return err
+		}
+	}
+	text, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(sb.dir, recordName), text, 0o600)
+	path := filepath.Join(sb.dir, recordName)
+	if err := os.WriteFile(path+".new", text, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }

@@ -20,9 +20,11 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -41,7 +43,8 @@ type Config struct {
 	// Guest is the executor-guest binary.
 	Guest []byte
 	// UIDBase is the first of UIDCount ranges of 65,536 user and group ids of the
-	// host, one for each sandbox that is alive. Used only as root.
+	// host, one for each sandbox that is alive; a multiple of 65,536, not 0. Used only
+	// as root.
 	UIDBase, UIDCount uint32
 	// CgroupParent is the path of the parent control group in every hierarchy; ""
 	// takes the group that this process is in.
@@ -50,7 +53,8 @@ type Config struct {
 	Defaults engine.Limits
 	// ExtraPaths are further directories of the host that sandboxes see, like /usr.
 	ExtraPaths []string
-	Logger     *slog.Logger
+	// Logger gets what no caller is told; nil drops it.
+	Logger *slog.Logger
 }
 
 // Engine makes local sandboxes.
@@ -85,9 +89,12 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 }
 
 // prepare does all of New but the trial.
-func prepare(cfg Config) (*Engine, error) {
+func prepare(cfg Config) (_ *Engine, err error) {
 	if len(cfg.Guest) == 0 {
 		return nil, errors.New("the local engine has no executor-guest to start")
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
 	e := &Engine{
 		cfg: cfg, root: os.Geteuid() == 0, dir: filepath.Join(cfg.StateDir, "local"),
@@ -99,15 +106,24 @@ func prepare(cfg Config) (*Engine, error) {
 			return nil, fmt.Errorf("make the engine's directory: %w", err)
 		}
 	}
-	var err error
+	if err := e.apart(); err != nil {
+		return nil, err
+	}
 	if e.guest, err = guestFile(cfg.Guest); err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, e.Close())
+		}
+	}()
 	if e.root {
+		if e.uids, err = newUIDRanges(cfg.UIDBase, cfg.UIDCount); err != nil {
+			return nil, err
+		}
 		if e.groups, err = cgroup.Find("executord-"+e.key(), cfg.CgroupParent); err != nil {
 			return nil, fmt.Errorf("find control groups: %w", err)
 		}
-		e.uids = &uidRanges{base: cfg.UIDBase, count: cfg.UIDCount}
 	}
 	if e.filter, err = seccomp.Assemble(e.commandGroups()); err != nil {
 		return nil, err
@@ -115,12 +131,41 @@ func prepare(cfg Config) (*Engine, error) {
 	return e, nil
 }
 
+// apart refuses a state directory that sandboxes would see: below it lie the files of
+// all the others, and to the root of a sandbox every file of the host's root is its own.
+func (e *Engine) apart() error {
+	img, err := e.image()
+	if err != nil {
+		return err
+	}
+	dir, err := filepath.EvalSymlinks(e.dir)
+	if err != nil {
+		return err
+	}
+	for _, tree := range img.Trees {
+		seen, err := filepath.EvalSymlinks(tree)
+		if err != nil {
+			return err
+		}
+		if rel, err := filepath.Rel(seen, dir); err == nil && filepath.IsLocal(rel) {
+			return fmt.Errorf("the state directory %s lies in %s, which sandboxes see", e.cfg.StateDir, tree)
+		}
+	}
+	return nil
+}
+
 // trial makes a sandbox and ends it.
 func (e *Engine) trial(ctx context.Context) error {
 	// The time bounds a host that hangs; a sandbox takes milliseconds.
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("the first sandbox was not ready within a minute"))
 	defer cancel()
-	sb, err := e.Create(ctx, engine.Spec{ID: "trial-" + e.key()})
+	id := "trial-" + e.key()
+	if old, err := e.Open(ctx, id); err == nil { // of a trial that was cut off
+		if _, err := old.Terminate(ctx); err != nil {
+			return err
+		}
+	}
+	sb, err := e.Create(ctx, engine.Spec{ID: id})
 	if err != nil {
 		return fmt.Errorf("this host cannot make local sandboxes: %w%s", err, remedy(err, e.root))
 	}
@@ -182,6 +227,9 @@ func (e *Engine) canLimit(controller string) (bool, string) {
 
 // CheckLimits refuses what cannot be enforced.
 func (e *Engine) CheckLimits(l engine.Limits) error {
+	if l.MemoryBytes < 0 || l.PIDs < 0 || l.CPUMillis < 0 {
+		return fault.New(fault.Invalid, "LIMIT_NEGATIVE", "limits %+v: must not be negative", l)
+	}
 	for _, asked := range []struct {
 		field, controller string
 		value             int64
@@ -200,8 +248,11 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 	return nil
 }
 
-// Create makes a sandbox, or returns the one that has the id.
+// Create makes a sandbox, or returns the one that has the id and lives.
 func (e *Engine) Create(ctx context.Context, spec engine.Spec) (engine.Sandbox, error) {
+	if !validID(spec.ID) {
+		return nil, fault.New(fault.Invalid, "SANDBOX_ID", "sandbox id %q: must be 1 to 63 characters of a-z, 0-9 and \"-\"", spec.ID)
+	}
 	if err := e.CheckLimits(spec.Limits); err != nil {
 		return nil, err
 	}
@@ -211,14 +262,32 @@ func (e *Engine) Create(ctx context.Context, spec engine.Spec) (engine.Sandbox, 
 	}
 	defer done()
 	sb, err := e.open(spec.ID)
-	if fault.KindOf(err) != fault.NotFound {
-		return sb, err
+	if err == nil {
+		select {
+		case <-sb.done:
+			// As after a restart: what is left of one that died makes room.
+			_, err = sb.Terminate(ctx)
+		default:
+			return sb, nil
+		}
+	}
+	if err != nil && fault.KindOf(err) != fault.NotFound {
+		return nil, err
 	}
 	if sb, err = e.create(ctx, spec); err != nil {
 		return nil, fmt.Errorf("make sandbox %s: %w", spec.ID, err)
 	}
 	e.keep(sb)
 	return sb, nil
+}
+
+// validID is Spec's rule. An id is the name of a directory and of control groups, so
+// nothing else may get that far.
+func validID(id string) bool {
+	if len(id) == 0 || len(id) > 63 {
+		return false
+	}
+	return strings.Trim(id, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
 }
 
 // claim makes the caller the only one who works on an id, until done is called.
@@ -264,6 +333,9 @@ func (e *Engine) forget(sb *sandbox) {
 
 // Open finds a sandbox again.
 func (e *Engine) Open(ctx context.Context, id string) (engine.Sandbox, error) {
+	if !validID(id) {
+		return nil, notFound(id)
+	}
 	done, err := e.claim(ctx, id)
 	if err != nil {
 		return nil, err
@@ -301,7 +373,9 @@ func (e *Engine) List(context.Context) ([]string, error) {
 	}
 	var ids []string
 	for _, d := range entries {
-		ids = append(ids, d.Name())
+		if validID(d.Name()) {
+			ids = append(ids, d.Name())
+		}
 	}
 	if e.groups != nil {
 		names, err := e.groups.List()
@@ -317,12 +391,14 @@ func (e *Engine) List(context.Context) ([]string, error) {
 // Close gives up following the sandboxes, which go on living.
 func (e *Engine) Close() error {
 	e.mu.Lock()
-	for _, sb := range e.sandboxes {
+	followed := slices.Collect(maps.Values(e.sandboxes))
+	clear(e.sandboxes)
+	e.mu.Unlock()
+	for _, sb := range followed {
 		sb.process.stopWatching()
 	}
-	e.mu.Unlock()
 	e.watchers.Wait()
-	for _, sb := range e.sandboxes {
+	for _, sb := range followed {
 		sb.process.fd.Close()
 	}
 	var errs []error

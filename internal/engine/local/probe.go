@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -16,13 +17,32 @@ import (
 )
 
 // Probe says what this host can do for local sandboxes, also where it cannot make
-// any. It makes one and ends it.
+// any. It makes one and ends it, in a directory of its own under the state directory:
+// an executord that works there is not disturbed.
 func Probe(ctx context.Context, cfg Config) []engine.Capability {
-	e, err := prepare(cfg)
-	if err != nil {
+	impossible := func(err error) []engine.Capability {
 		return []engine.Capability{{Name: "sandbox", Detail: err.Error(), Remedy: strings.TrimPrefix(remedy(err, os.Geteuid() == 0), "; ")}}
 	}
-	defer e.Close()
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return impossible(err)
+	}
+	// One at a time, and always in the same place, so that what one leaves that is cut
+	// off is found by the next.
+	lock, err := os.Open(cfg.StateDir)
+	if err != nil {
+		return impossible(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return impossible(err)
+	}
+	cfg.StateDir = filepath.Join(cfg.StateDir, "probe")
+	defer func() { _ = os.RemoveAll(cfg.StateDir) }() // what is left is there for the next
+	e, err := prepare(cfg)
+	if err != nil {
+		return impossible(err)
+	}
+	defer func() { _ = e.Close() }() // it was only asked
 	sandbox := engine.Capability{Name: "sandbox", Available: true, Detail: "namespaces, overlay, seccomp; one was made and ended"}
 	if err := e.trial(ctx); err != nil {
 		text, hint, _ := strings.Cut(err.Error(), "; ")
@@ -40,12 +60,16 @@ func (e *Engine) capabilities() []engine.Capability {
 		}
 		c = append(c, engine.Capability{Name: name, Available: available, Detail: detail, Remedy: remedy})
 	}
-	const asRoot = "run executord as root, or as a systemd service with Delegate=yes"
+	const asRoot = "run executord as root"
+	remedyForLimits := asRoot
+	if e.groups != nil {
+		remedyForLimits = "hand executord a control group with its controllers, as a systemd service does with Delegate=yes"
+	}
 	for _, limit := range []struct{ name, controller string }{
 		{"limit.memory", cgroup.Memory}, {"limit.pids", cgroup.PIDs}, {"limit.cpu", cgroup.CPU},
 	} {
 		ok, detail := e.canLimit(limit.controller)
-		add(limit.name, ok, detail, asRoot)
+		add(limit.name, ok, detail, remedyForLimits)
 	}
 	if e.groups != nil {
 		ok, detail := e.groups.CanKill()
@@ -81,12 +105,21 @@ func languages() []language {
 	}
 }
 
-// find looks for one of several programs where a sandbox would.
+// find looks for one of several programs where a sandbox would, and where it can: a
+// link to what sandboxes do not see, such as a home, does not count.
 func (e *Engine) find(programs []string) (string, bool) {
+	img, err := e.image()
+	if err != nil {
+		return "", false
+	}
 	for _, p := range programs {
 		for _, dir := range []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
 			path := filepath.Join(dir, p)
-			if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			file, err := filepath.EvalSymlinks(path)
+			if err != nil || !slices.ContainsFunc(img.Trees, func(tree string) bool { return strings.HasPrefix(file, tree+"/") }) {
+				continue
+			}
+			if info, err := os.Stat(file); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
 				return path, true
 			}
 		}

@@ -2,9 +2,13 @@ package local
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -54,26 +58,29 @@ func watchProcess(pid, pidfd int, child bool) (*process, error) {
 	return &process{pid: pid, child: child, fd: os.NewFile(uintptr(pidfd), "pidfd")}, nil
 }
 
-// wait returns true when the process has ended and, if it is a child, was reaped;
-// false when stopWatching was called.
-func (p *process) wait() bool {
+// wait returns nil when the process has ended and, if it is a child, was reaped; an
+// error when the context ended or stopWatching was called before.
+func (p *process) wait(ctx context.Context) error {
 	raw, err := p.fd.SyscallConn()
 	if err != nil {
-		return false
+		return err
 	}
-	err = raw.Read(func(fd uintptr) bool { return ended(int(fd)) })
-	if err != nil {
-		return false
+	stop := context.AfterFunc(ctx, p.stopWatching)
+	defer stop()
+	if err := raw.Read(func(fd uintptr) bool { return ended(int(fd)) }); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return fmt.Errorf("wait for the guest's end: %w", err)
 	}
 	if p.child {
-		var status syscall.WaitStatus
 		for {
-			if _, err := syscall.Wait4(p.pid, &status, 0, nil); err != syscall.EINTR {
+			if _, err := syscall.Wait4(p.pid, nil, 0, nil); err != syscall.EINTR {
 				break
 			}
 		}
 	}
-	return true
+	return nil
 }
 
 // ended says whether the process of a pidfd has.
@@ -94,31 +101,141 @@ func (p *process) kill() {
 
 func (p *process) stopWatching() { _ = p.fd.SetReadDeadline(time.Unix(1, 0)) }
 
-// startTicks is when a process started, which together with its id names it for as
-// long as the host runs. false if there is no such process, or it is a zombie.
-func startTicks(pid int) (uint64, bool) {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return 0, false
-	}
-	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
-	if len(fields) < 20 || fields[0] == "Z" || fields[0] == "X" {
-		return 0, false
-	}
-	ticks, err := strconv.ParseUint(fields[19], 10, 64)
-	return ticks, err == nil
+// stat is what the host tells of a process.
+type stat struct {
+	parent int
+	// ticks is when it started, which together with its id names it for as long as
+	// the host runs.
+	ticks uint64
 }
 
-// findProcess opens the process that has this id and started then.
-func findProcess(pid int, ticks uint64) (*process, error) {
+// statOf reads it, of a zombie too; os.ErrProcessDone if there is no such process.
+func statOf(pid int) (stat, error) {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return stat{}, os.ErrProcessDone
+	}
+	if err != nil {
+		return stat{}, err
+	}
+	// The second field, the name in parentheses, may hold anything.
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 20 {
+		return stat{}, fmt.Errorf("process %d: cannot read its state %q", pid, text)
+	}
+	parent, err := strconv.Atoi(fields[1])
+	if err != nil {
+		return stat{}, err
+	}
+	ticks, err := strconv.ParseUint(fields[19], 10, 64)
+	return stat{parent, ticks}, err
+}
+
+// bootID changes with every start of the host.
+func bootID() (string, error) {
+	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(text)), err
+}
+
+// findProcess opens the process that has this id and started then, in that run of the
+// host. os.ErrProcessDone means that it has ended.
+func findProcess(pid int, ticks uint64, boot string) (*process, error) {
+	now, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	if now != boot || pid <= 0 {
+		return nil, os.ErrProcessDone
+	}
 	pidfd, err := unix.PidfdOpen(pid, 0)
+	switch {
+	case errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT):
+		// The latter two: the id is now that of a thread.
+		return nil, os.ErrProcessDone
+	case err != nil:
+		return nil, fmt.Errorf("open process %d: %w", pid, err)
+	}
+	p, err := watchProcess(pid, pidfd, false)
 	if err != nil {
 		return nil, err
 	}
 	// Checked after it was opened: from now on the id cannot pass to another.
-	if now, ok := startTicks(pid); !ok || now != ticks {
-		unix.Close(pidfd)
+	s, err := statOf(pid)
+	if err == nil && s.ticks != ticks {
+		err = os.ErrProcessDone
+	}
+	if err == nil {
+		// An executord that took the place of another in the same process has its children.
+		p.child = s.parent == os.Getpid()
+		// By the descriptor and not by the state: the first thread of a process can be a
+		// zombie long before the last one, and all that its namespace holds, is gone.
+		if ended(pidfd) {
+			err = errors.Join(p.wait(context.Background()), os.ErrProcessDone)
+		}
+	}
+	if err != nil {
+		p.fd.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// findListener opens the process that listens at a socket; os.ErrProcessDone means
+// that nobody does.
+func findListener(path string) (*process, error) {
+	var pid int
+	err := withShortPath(path, func(short string) error {
+		conn, err := net.Dial("unix", short)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		raw, err := conn.(*net.UnixConn).SyscallConn()
+		if err != nil {
+			return err
+		}
+		var peer *unix.Ucred
+		control := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+		if err := errors.Join(control, err); err != nil {
+			return err
+		}
+		pid = int(peer.Pid)
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
 		return nil, os.ErrProcessDone
 	}
-	return watchProcess(pid, pidfd, false)
+	if err != nil {
+		return nil, err
+	}
+	s, err := statOf(pid)
+	if err != nil {
+		return nil, err
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	return findProcess(pid, s.ticks, boot)
+}
+
+// descendants counts the children of a process and theirs. All processes of a
+// namespace descend from its process 1, which inherits the orphans.
+func descendants(pid int) int {
+	count := 0
+	for todo := []int{pid}; len(todo) > 0; {
+		last := len(todo) - 1
+		lists, _ := filepath.Glob("/proc/" + strconv.Itoa(todo[last]) + "/task/*/children") // the pattern is well formed
+		todo = todo[:last]
+		for _, list := range lists {
+			text, _ := os.ReadFile(list) // one that ended meanwhile has none
+			for field := range strings.FieldsSeq(string(text)) {
+				if child, err := strconv.Atoi(field); err == nil {
+					todo = append(todo, child)
+					count++
+				}
+			}
+		}
+	}
+	return count
 }

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"sync"
 	"time"
 
 	"github.com/harvest-run/executord/internal/engine"
@@ -27,29 +26,37 @@ type sandbox struct {
 
 	done chan struct{} // closed when the guest has ended
 
-	ending  sync.Mutex // held by the one Terminate that works
+	ending  chan struct{} // has room for the one Terminate that works
 	ended   bool
 	remains engine.Remains
 }
 
-// adopt finds a sandbox that an executord before this one made. If it is dead,
-// what is left of it is removed.
+func (e *Engine) newSandbox(id string) *sandbox {
+	return &sandbox{engine: e, id: id, dir: e.sandboxDir(id), done: make(chan struct{}), ending: make(chan struct{}, 1)}
+}
+
+// adopt finds a sandbox that an executord before this one made. If it is dead, or
+// cannot be known because its record is damaged, what is left of it is removed. Any
+// other error, such as that there are no descriptors left, must not end a sandbox.
 func (e *Engine) adopt(id string) (*sandbox, error) {
-	sb := &sandbox{engine: e, id: id, dir: e.sandboxDir(id), done: make(chan struct{})}
-	if e.groups != nil {
-		sb.group = e.groups.Open(id)
-	}
-	text, err := os.ReadFile(filepath.Join(sb.dir, recordName))
-	var r record
-	if err == nil {
-		err = json.Unmarshal(text, &r)
-	}
+	sb := e.newSandbox(id)
+	r, err := readRecord(filepath.Join(sb.dir, recordName))
 	if err == nil {
 		sb.limits = r.Limits
-		sb.process, err = findProcess(r.PID, r.StartTicks)
+		sb.process, err = findProcess(r.PID, r.StartTicks, r.Boot)
+	}
+	if e.groups != nil {
+		sb.group = e.groups.OpenAt(id, r.Groups)
 	}
 	if err == nil {
 		return sb, nil
+	}
+	if errors.Is(err, errDamaged) {
+		e.cfg.Logger.Warn("the record of a sandbox is damaged, it is ended", "sandbox", id, "error", err)
+		sb.process, err = findListener(filepath.Join(sb.dir, socketName))
+	}
+	if err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return nil, fmt.Errorf("see whether sandbox %s is alive: %w", id, err)
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Minute, errors.New("clean-up took too long"))
 	defer cancel()
@@ -59,9 +66,28 @@ func (e *Engine) adopt(id string) (*sandbox, error) {
 	return nil, notFound(id)
 }
 
+var errDamaged = errors.New("is damaged")
+
+// readRecord reads what is known of a sandbox; os.ErrProcessDone if there is nothing,
+// which means that executord died before the guest could start anything.
+func readRecord(path string) (record, error) {
+	var r record
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return r, os.ErrProcessDone
+	}
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(text, &r); err != nil {
+		return record{}, fmt.Errorf("%s: %w: %w", path, errDamaged, err)
+	}
+	return r, nil
+}
+
 // watch closes done when the guest ends.
 func (sb *sandbox) watch() {
-	if sb.process.wait() {
+	if sb.process.wait(context.Background()) == nil {
 		close(sb.done)
 	}
 }
@@ -92,21 +118,27 @@ func (sb *sandbox) Usage(context.Context) (engine.Usage, error) {
 	if sb.group == nil {
 		return engine.Usage{}, nil
 	}
-	u := sb.group.Usage()
+	u, err := sb.group.Usage()
+	if err != nil {
+		return engine.Usage{}, fmt.Errorf("read what sandbox %s used: %w", sb.id, err)
+	}
 	return engine.Usage{PeakMemoryBytes: u.PeakMemoryBytes, CPU: u.CPU, OOMKills: u.OOMKills, PIDsRefused: u.PIDsRefused}, nil
 }
 
 // Terminate kills all processes, waits for the guest's end, which the kernel
 // reports only when nothing of its process namespace is left, and removes the rest.
 func (sb *sandbox) Terminate(ctx context.Context) (engine.Remains, error) {
-	sb.ending.Lock()
-	defer sb.ending.Unlock()
+	select {
+	case sb.ending <- struct{}{}:
+		defer func() { <-sb.ending }()
+	case <-ctx.Done():
+		return engine.Remains{}, fmt.Errorf("terminate sandbox %s: %w", sb.id, context.Cause(ctx))
+	}
 	if sb.ended {
 		return sb.remains, nil
 	}
-	if sb.group != nil {
-		sb.remains.Processes = max(sb.remains.Processes, len(sb.group.Processes()))
-	}
+	// After a try that did not end everything the first count stands.
+	sb.remains.Processes = max(sb.remains.Processes, sb.processes())
 	if err := sb.remove(ctx); err != nil {
 		return sb.remains, fmt.Errorf("terminate sandbox %s: %w", sb.id, err)
 	}
@@ -114,6 +146,16 @@ func (sb *sandbox) Terminate(ctx context.Context) (engine.Remains, error) {
 	sb.engine.forget(sb)
 	sb.process.fd.Close()
 	return sb.remains, nil
+}
+
+// processes counts those alive, without the guest.
+func (sb *sandbox) processes() int {
+	if sb.group != nil {
+		if pids, ok := sb.group.Processes(); ok {
+			return len(pids)
+		}
+	}
+	return descendants(sb.process.pid)
 }
 
 // remove ends what runs and removes what is there, however much of it was made.
@@ -147,8 +189,7 @@ func (sb *sandbox) awaitGuest(ctx context.Context) error {
 	kept := sb.engine.sandboxes[sb.id] == sb
 	sb.engine.mu.Unlock()
 	if !kept {
-		sb.process.wait()
-		return nil
+		return sb.process.wait(ctx)
 	}
 	select {
 	case <-sb.done:
@@ -156,21 +197,4 @@ func (sb *sandbox) awaitGuest(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("the guest has not ended: %w", context.Cause(ctx))
 	}
-}
-
-// removeTree removes a directory in which a sandbox could make what it liked.
-func removeTree(dir string) error {
-	err := os.RemoveAll(dir)
-	if err == nil || !errors.Is(err, fs.ErrPermission) {
-		return err
-	}
-	// An ordinary user cannot look into directories that the sandbox, or the overlay,
-	// closed to everybody; as their owner it can open them.
-	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if d != nil && d.IsDir() {
-			_ = os.Chmod(path, 0o700)
-		}
-		return nil
-	})
-	return os.RemoveAll(dir)
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 
+	"github.com/harvest-run/executord/internal/fault"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,6 +22,18 @@ type uidRanges struct {
 
 	mu   sync.Mutex
 	next uint32
+}
+
+// newUIDRanges checks the ranges. Each begins at a multiple of its size, so that those
+// of two executords are the same or apart, never half of each.
+func newUIDRanges(base, count uint32) (*uidRanges, error) {
+	end := uint64(base) + uint64(count)*idsPerSandbox
+	// The last range of all is left out: its last id means "no user" to the kernel.
+	if base == 0 || base%idsPerSandbox != 0 || count == 0 || end > 1<<32-idsPerSandbox {
+		return nil, fmt.Errorf("%d ranges of user ids from %d on: there must be one or more, from a multiple of %d that is not 0, up to %d at most",
+			count, base, idsPerSandbox, uint64(1<<32-idsPerSandbox-1))
+	}
+	return &uidRanges{base: base, count: count}, nil
 }
 
 // claim takes a free range and returns its first id.
@@ -45,5 +58,5 @@ func (r *uidRanges) claim() (first uint32, held *os.File, err error) {
 		return first, os.NewFile(uintptr(fd), "ids"), nil
 	}
 	unix.Close(fd)
-	return 0, nil, fmt.Errorf("all %d ranges of user ids are in use", r.count)
+	return 0, nil, fault.New(fault.Exhausted, "NO_FREE_USER_IDS", "all %d ranges of user ids are in use, one for each sandbox that is alive", r.count)
 }
