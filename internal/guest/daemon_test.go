@@ -99,6 +99,28 @@ type guestProcess struct {
 	cgroup  string // "" for the role "proc"
 }
 
+// full is an id that no other guest on this machine uses: one that looks through /proc
+// would take their commands for its own. Tests leave it to the methods below.
+func (g *guestProcess) full(id string) string {
+	suffix := fmt.Sprintf("-test-%d", g.pid)
+	return strings.TrimSuffix(id, suffix) + suffix
+}
+
+// Read is the Client's.
+func (g *guestProcess) Read(ctx context.Context, id string, position int64, n int, wait time.Duration) (*guestclient.Output, error) {
+	return g.Client.Read(ctx, g.full(id), position, n, wait)
+}
+
+// Stop is the Client's.
+func (g *guestProcess) Stop(ctx context.Context, id string, grace time.Duration) error {
+	return g.Client.Stop(ctx, g.full(id), grace)
+}
+
+// Release is the Client's.
+func (g *guestProcess) Release(ctx context.Context, id string) error {
+	return g.Client.Release(ctx, g.full(id))
+}
+
 // Dial opens a pipe to the guest.
 func (g *guestProcess) Dial(ctx context.Context) (net.Conn, error) {
 	return new(net.Dialer).DialContext(ctx, "unix", g.socket)
@@ -233,6 +255,7 @@ func (g *guestProcess) sh(id, script string) *guestv1.StartRequest {
 
 // request is a request that runs a program.
 func (g *guestProcess) request(id string, args ...string) *guestv1.StartRequest {
+	id = g.full(id)
 	r := &guestv1.StartRequest{
 		Execution: id, Args: args, WorkingDirectory: g.dir,
 		Env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + g.dir},

@@ -231,7 +231,7 @@ func TestSource(t *testing.T) {
 		source := append([]byte("stat -c '%a %n' $0 ${0%/*}; cat $0; exit 7\n# "), randomBytes(1, 200<<10)...)
 		r := g.request("src", "/bin/bash", "", "arg")
 		r.SourceName, r.Source, r.SourceArgument = "main.sh", source, 1
-		path := filepath.Join(g.runtime, "src", "main.sh")
+		path := filepath.Join(g.runtime, g.full("src"), "main.sh")
 		// Something lies where the source is to go: it must not be written through.
 		victim := filepath.Join(g.dir, "victim")
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -319,7 +319,7 @@ func TestReleaseAndInfo(t *testing.T) {
 		g.release("unknown")
 		g.start(g.sh("b", "echo b; sleep 60"))
 		g.start(g.sh("a", "echo a"))
-		if got := ids(); got != "a b" {
+		if got := ids(); got != g.full("a")+" "+g.full("b") {
 			t.Errorf("holds %q", got)
 		}
 		if err := g.Release(t.Context(), "b"); guestclient.KindOf(err) != guestv1.Error_KIND_INVALID {
@@ -329,7 +329,7 @@ func TestReleaseAndInfo(t *testing.T) {
 		g.readAll("a", &output{size: 2}) // the end can be read again
 		g.release("a")
 		g.release("a")
-		if got := ids(); got != "b" {
+		if got := ids(); got != g.full("b") {
 			t.Errorf("holds %q after the release of a", got)
 		}
 		if _, err := g.Read(t.Context(), "a", 0, 100, time.Second); guestclient.KindOf(err) != guestv1.Error_KIND_NOT_FOUND {

@@ -126,14 +126,14 @@ func TestOddRequests(t *testing.T) {
 		"no call":             {frame(t, 7, nil), guestv1.Error_KIND_INVALID},
 		"empty start":         {frame(t, 7, &guestv1.StartRequest{}), guestv1.Error_KIND_INVALID},
 		"empty read":          {frame(t, 7, &guestv1.ReadRequest{}), guestv1.Error_KIND_NOT_FOUND},
-		"read of 0 bytes":     {frame(t, 7, &guestv1.ReadRequest{Execution: "x"}), guestv1.Error_KIND_INVALID},
-		"read far beyond":     {frame(t, 7, &guestv1.ReadRequest{Execution: "x", MaxBytes: 1, Position: 1 << 63}), guestv1.Error_KIND_INVALID},
+		"read of 0 bytes":     {frame(t, 7, &guestv1.ReadRequest{Execution: g.full("x")}), guestv1.Error_KIND_INVALID},
+		"read far beyond":     {frame(t, 7, &guestv1.ReadRequest{Execution: g.full("x"), MaxBytes: 1, Position: 1 << 63}), guestv1.Error_KIND_INVALID},
 		"empty stop":          {frame(t, 7, &guestv1.StopRequest{}), guestv1.Error_KIND_NOT_FOUND},
 		"empty release":       {frame(t, 7, &guestv1.ReleaseRequest{}), 0},
 		"with a payload":      {frame(t, 7, &guestv1.InfoRequest{}, make([]byte, 1<<20)), 0},
-		"read of the most":    {frame(t, 7, &guestv1.ReadRequest{Execution: "x", MaxBytes: 1<<32 - 1}), 0},
-		"largest grace":       {frame(t, 7, &guestv1.StopRequest{Execution: "x", GraceMs: 1<<64 - 1}), 0},
-		"grace again":         {frame(t, 7, &guestv1.StopRequest{Execution: "x", GraceMs: 1<<64 - 1}), 0},
+		"read of the most":    {frame(t, 7, &guestv1.ReadRequest{Execution: g.full("x"), MaxBytes: 1<<32 - 1}), 0},
+		"largest grace":       {frame(t, 7, &guestv1.StopRequest{Execution: g.full("x"), GraceMs: 1<<64 - 1}), 0},
+		"grace again":         {frame(t, 7, &guestv1.StopRequest{Execution: g.full("x"), GraceMs: 1<<64 - 1}), 0},
 		"largest wait at end": {frame(t, 7, &guestv1.ReadRequest{Execution: "y", MaxBytes: 1, WaitMs: 1<<32 - 1}), guestv1.Error_KIND_NOT_FOUND},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -155,7 +155,7 @@ func TestTooManyRequests(t *testing.T) {
 	var frames [][]byte
 	const more = 100
 	for id := range uint64(maxInFlight + more) {
-		frames = append(frames, frame(t, id, &guestv1.ReadRequest{Execution: "x", MaxBytes: 1, WaitMs: 60_000}))
+		frames = append(frames, frame(t, id, &guestv1.ReadRequest{Execution: g.full("x"), MaxBytes: 1, WaitMs: 60_000}))
 	}
 	for id, answer := range g.ask(more, frames...) {
 		if answer.GetError().GetKind() != guestv1.Error_KIND_EXHAUSTED {
@@ -179,7 +179,7 @@ func TestReadsOfTheEnd(t *testing.T) {
 			defer c.Close()
 			o := &output{}
 			for o.exit == nil {
-				out, err := c.Read(t.Context(), "x", 0, 100, 20*time.Second)
+				out, err := c.Read(t.Context(), g.full("x"), 0, 100, 20*time.Second)
 				if err != nil {
 					t.Error(err)
 					return

@@ -73,7 +73,7 @@ func pumpRest(pipe *os.File, to *source) {
 		space := to.space()
 		n, err := 0, error(nil)
 		control(pipe, func(fd int) { n, err = unix.Read(fd, space) })
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if n <= 0 {

@@ -381,7 +381,7 @@ func TestLostPipes(t *testing.T) {
 		o := &output{}
 		failed := 0
 		for o.exit == nil {
-			out, err := c.Read(t.Context(), "x", o.size, 128<<10, 20*time.Second)
+			out, err := c.Read(t.Context(), g.full("x"), o.size, 128<<10, 20*time.Second)
 			if err != nil {
 				if failed++; failed > 1000 || guestclient.KindOf(err) != guestv1.Error_KIND_UNSPECIFIED {
 					t.Fatal(err)
@@ -412,7 +412,7 @@ func TestPipeClosedWhileReadsWait(t *testing.T) {
 			t.Fatal(err)
 		}
 		for id := range uint64(100) {
-			read := &guestv1.ReadRequest{Execution: "x", MaxBytes: 100, WaitMs: 60_000}
+			read := &guestv1.ReadRequest{Execution: g.full("x"), MaxBytes: 100, WaitMs: 60_000}
 			if err := wire.Write(conn, &guestv1.Request{Id: id, Call: &guestv1.Request_Read{Read: read}}); err != nil {
 				t.Fatal(err)
 			}
@@ -436,7 +436,7 @@ func TestUnreadPipe(t *testing.T) {
 	}
 	defer conn.Close()
 	for id := range uint64(50) {
-		read := &guestv1.ReadRequest{Execution: "x", MaxBytes: 1 << 20, WaitMs: 1000}
+		read := &guestv1.ReadRequest{Execution: g.full("x"), MaxBytes: 1 << 20, WaitMs: 1000}
 		if err := wire.Write(conn, &guestv1.Request{Id: id, Call: &guestv1.Request_Read{Read: read}}); err != nil {
 			t.Fatal(err)
 		}

@@ -250,3 +250,47 @@ func TestStopUnreadCommand(t *testing.T) {
 		g.release("full")
 	})
 }
+
+// TestIdle counts how often a guest wakes up that has nothing to do: one command runs
+// and is silent, another has ended and its output waits for a reader.
+func TestIdle(t *testing.T) {
+	overTrees(t, func(t *testing.T, g *guestProcess) {
+		file := filepath.Join(g.dir, "progress")
+		g.start(g.sh("silent", "sleep 60"))
+		g.start(g.program("unread", "progress", file, strconv.Itoa(8<<20)))
+		eventually(t, "the spool is full", func() bool {
+			info, err := os.Stat(file)
+			return err == nil && info.Size() == 8
+		})
+		g.stop("unread", 0)
+		time.Sleep(holderPatience + holderPatience/2) // what is done once is done
+		before := wakeups(t, g.pid)
+		time.Sleep(time.Second)
+		if n := wakeups(t, g.pid) - before; n > 60 {
+			t.Errorf("woke up %d times in a second", n)
+		}
+		g.stop("silent", 0)
+		for _, id := range []string{"silent", "unread"} {
+			g.readAll(id, &output{})
+			g.release(id)
+		}
+	})
+}
+
+// wakeups is how often the threads of a process went to sleep by themselves.
+func wakeups(t *testing.T, pid int) int {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	total := 0
+	for _, file := range files {
+		text, _ := os.ReadFile(file)
+		_, after, _ := strings.Cut(string(text), "\nvoluntary_ctxt_switches:")
+		n := 0
+		_, _ = fmt.Sscan(after, &n)
+		total += n
+	}
+	return total
+}

@@ -101,7 +101,7 @@ func TestMembers(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			tree := &procTree{id: "no-such-execution", leader: leader}
+			tree := &procTree{id: "nobodys", leader: leader}
 			for i, step := range c {
 				if got := tree.members(step.table); !slices.Equal(got, step.want) {
 					t.Errorf("step %d: %v, want %v", i, got, step.want)
@@ -114,7 +114,8 @@ func TestMembers(t *testing.T) {
 // TestProcTreeOfChild follows a real process.
 func TestProcTreeOfChild(t *testing.T) {
 	cmd := exec.Command("sleep", "60")
-	cmd.Env = []string{"A=b", marker + "marked", "C=d"}
+	id := fmt.Sprintf("marked-%d", os.Getpid()) // as nobody else on this machine
+	cmd.Env = []string{"A=b", marker + id, "C=d"}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -124,8 +125,8 @@ func TestProcTreeOfChild(t *testing.T) {
 	}
 	tree.started(cmd.Process.Pid)
 	// The marker alone is enough: this tree's leader is nobody.
-	marked := &procTree{id: "marked", leader: process{identity: identity{pid: 1_000_000, start: 1}}}
-	other := &procTree{id: "mark", leader: process{identity: identity{pid: 1_000_000, start: 1}}}
+	marked := &procTree{id: id, leader: process{identity: identity{pid: 1_000_000, start: 1}}}
+	other := &procTree{id: id[:len(id)-1], leader: process{identity: identity{pid: 1_000_000, start: 1}}}
 	eventually(t, "the program runs", func() bool { return hasVariable(cmd.Process.Pid, "A=b") })
 	for name, c := range map[string]struct {
 		tree *procTree

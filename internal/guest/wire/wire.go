@@ -106,7 +106,7 @@ func (r *Reader) Read(m proto.Message) (payload int, err error) {
 
 // noEOF turns an end in the middle of a frame into an error of its own.
 func noEOF(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err
