@@ -10,21 +10,26 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/guest/wire"
 )
 
-// Dialer opens a byte pipe to a guest. An engine.Sandbox is one.
+// Dialer opens a byte pipe to a guest. An engine.Sandbox is one. The context is for
+// the dialling; the pipe outlives it.
 type Dialer interface {
 	Dial(ctx context.Context) (net.Conn, error)
 }
 
 // Error is what a guest answered instead of doing what it was asked.
 type Error struct {
-	Kind    guestv1.Error_Kind
+	// Kind is never KIND_UNSPECIFIED.
+	Kind guestv1.Error_Kind
+	// Message is one line of at most 2 KiB.
 	Message string
 }
 
@@ -40,37 +45,62 @@ func KindOf(err error) guestv1.Error_Kind {
 	return guestv1.Error_KIND_UNSPECIFIED
 }
 
-// errClosed ends what is under way when the Client is closed.
-var errClosed = errors.New("the connection to the guest was closed")
+var (
+	// errClosed ends what is under way when the Client is closed.
+	errClosed = errors.New("the connection to the guest was closed")
+	// errSilent ends a request that a guest with an open pipe does not answer.
+	errSilent = fmt.Errorf("the guest did not answer within %v", patience)
+	// errWrongAnswer refuses an answer to another question.
+	errWrongAnswer = errors.New("the guest answered another question")
+)
 
 const (
 	// attempts is how often a request is tried over fresh pipes.
 	attempts = 4
 	// firstPause lies between the first two attempts; it doubles.
 	firstPause = 10 * time.Millisecond
+	// patience is how long a guest may take for an answer, beside the time that it was
+	// asked to wait. It answers in a millisecond; on a host that has more to do than it
+	// can, or is stopped for a while, it may take much longer.
+	patience = 20 * time.Second
+	// maxWait is the longest that a guest can be asked to wait.
+	maxWait = time.Minute
+	// maxErrorText bounds what is kept of a guest's message.
+	maxErrorText = 2 << 10
 )
 
 // Client talks to one guest. Its methods may be called from any goroutine.
 type Client struct {
 	dialer   Dialer
 	payloads sync.Pool
+	closing  chan struct{} // closed by Close
 
 	mu      sync.Mutex
 	pipe    *pipe
-	dialing chan struct{} // not nil while somebody dials
+	dialing chan struct{}           // not nil while somebody dials
+	hangUp  context.CancelCauseFunc // ends the dialling
 	closed  bool
 }
 
 // New makes a Client; it dials when it is first used.
-func New(d Dialer) *Client { return &Client{dialer: d} }
+func New(d Dialer) *Client { return &Client{dialer: d, closing: make(chan struct{})} }
 
-// Close ends what is under way and waits for it.
+// Close ends what is under way and waits for it. Requests made later fail.
 func (c *Client) Close() {
 	c.mu.Lock()
-	c.closed = true
-	p := c.pipe
+	if !c.closed {
+		c.closed = true
+		close(c.closing)
+	}
+	p, dialing := c.pipe, c.dialing
 	c.pipe = nil
+	if dialing != nil {
+		c.hangUp(errClosed)
+	}
 	c.mu.Unlock()
+	if dialing != nil {
+		<-dialing
+	}
 	if p != nil {
 		p.close(errClosed)
 	}
@@ -78,44 +108,44 @@ func (c *Client) Close() {
 
 // Start starts a command, or joins the one that has its id.
 func (c *Client) Start(ctx context.Context, r *guestv1.StartRequest) (*guestv1.StartResponse, error) {
-	a, err := c.call(ctx, &guestv1.Request{Call: &guestv1.Request_Start{Start: r}})
+	resp, err := c.ask(ctx, &guestv1.Request{Call: &guestv1.Request_Start{Start: r}})
 	if err != nil {
 		return nil, err
 	}
-	defer a.release()
-	if resp := a.response.GetStart(); resp != nil {
-		return resp, nil
+	if resp.GetStart().GetPid() <= 0 {
+		return nil, errWrongAnswer
 	}
-	return nil, errWrongAnswer
+	return resp.GetStart(), nil
 }
 
-// Stop begins the end of a command.
+// Stop begins the end of a command: TERM now, KILL after the grace, at once if that
+// is not positive. The end itself is read like any other.
 func (c *Client) Stop(ctx context.Context, execution string, grace time.Duration) error {
-	r := &guestv1.StopRequest{Execution: execution, GraceMs: uint64(max(grace, 0).Milliseconds())}
-	a, err := c.call(ctx, &guestv1.Request{Call: &guestv1.Request_Stop{Stop: r}})
-	if err == nil {
-		a.release()
+	r := &guestv1.StopRequest{Execution: execution, GraceMs: uint64(milliseconds(grace))}
+	resp, err := c.ask(ctx, &guestv1.Request{Call: &guestv1.Request_Stop{Stop: r}})
+	if err == nil && resp.GetStop() == nil {
+		err = errWrongAnswer
 	}
 	return err
 }
 
 // Release makes the guest forget an ended command.
 func (c *Client) Release(ctx context.Context, execution string) error {
-	a, err := c.call(ctx, &guestv1.Request{Call: &guestv1.Request_Release{Release: &guestv1.ReleaseRequest{Execution: execution}}})
-	if err == nil {
-		a.release()
+	r := &guestv1.ReleaseRequest{Execution: execution}
+	resp, err := c.ask(ctx, &guestv1.Request{Call: &guestv1.Request_Release{Release: r}})
+	if err == nil && resp.GetRelease() == nil {
+		err = errWrongAnswer
 	}
 	return err
 }
 
 // Info asks what the guest is and holds.
 func (c *Client) Info(ctx context.Context) (*guestv1.InfoResponse, error) {
-	a, err := c.call(ctx, &guestv1.Request{Call: &guestv1.Request_Info{Info: &guestv1.InfoRequest{}}})
+	resp, err := c.ask(ctx, &guestv1.Request{Call: &guestv1.Request_Info{Info: &guestv1.InfoRequest{}}})
 	if err != nil {
 		return nil, err
 	}
-	defer a.release()
-	info := a.response.GetInfo()
+	info := resp.GetInfo()
 	if info == nil {
 		return nil, errWrongAnswer
 	}
@@ -123,6 +153,14 @@ func (c *Client) Info(ctx context.Context) (*guestv1.InfoResponse, error) {
 		return nil, fmt.Errorf("the guest speaks protocol %d, this executord %d", info.GetProtocol(), wire.Protocol)
 	}
 	return info, nil
+}
+
+// milliseconds rounds up, so that a short time does not become none.
+func milliseconds(d time.Duration) int64 {
+	if d <= 0 {
+		return 0
+	}
+	return int64((d-1)/time.Millisecond) + 1
 }
 
 // Output is what a Read answered.
@@ -141,15 +179,24 @@ type Chunk struct {
 	Data   []byte
 }
 
-// Release gives the memory of the chunks back.
-func (o *Output) Release() { o.answer.release() }
+// Release gives the memory of the chunks back. Further calls do nothing.
+func (o *Output) Release() {
+	o.answer.release()
+	o.answer, o.Chunks = answer{}, nil
+}
 
-// Read reads output from a position on, waiting a while for something to tell.
+// Read reads at most maxBytes, which is 1 to 1 MiB, of output from a position on, and
+// waits up to a minute for something to tell. An Output without chunks and without an
+// exit says that nothing came in that time.
 func (c *Client) Read(ctx context.Context, execution string, position int64, maxBytes int, wait time.Duration) (*Output, error) {
-	r := &guestv1.ReadRequest{
-		Execution: execution, Position: uint64(position), MaxBytes: uint32(maxBytes), WaitMs: uint32(wait.Milliseconds()),
+	if position < 0 || maxBytes < 1 || maxBytes > wire.MaxPayload {
+		return nil, fmt.Errorf("read %d bytes at %d: out of range", maxBytes, position)
 	}
-	a, err := c.call(ctx, &guestv1.Request{Call: &guestv1.Request_Read{Read: r}})
+	wait = min(wait, maxWait)
+	r := &guestv1.ReadRequest{
+		Execution: execution, Position: uint64(position), MaxBytes: uint32(maxBytes), WaitMs: uint32(milliseconds(wait)),
+	}
+	a, err := c.call(ctx, &guestv1.Request{Call: &guestv1.Request_Read{Read: r}}, max(wait, 0))
 	if err != nil {
 		return nil, err
 	}
@@ -184,34 +231,75 @@ func outputOf(a answer, maxBytes int) (*Output, error) {
 	if len(data) > 0 {
 		return nil, fmt.Errorf("the guest sent %d bytes that belong to no chunk", len(data))
 	}
-	if exit := out.Exit; exit != nil && exit.GetStatus() == nil {
-		return nil, errors.New("the guest told an end without a status")
-	}
-	return out, nil
+	return out, checkExit(out.Exit)
 }
 
-var errWrongAnswer = errors.New("the guest answered another question")
+// checkExit refuses an end that no process can have.
+func checkExit(exit *guestv1.Exit) error {
+	if exit == nil {
+		return nil
+	}
+	switch status := exit.GetStatus().(type) {
+	case *guestv1.Exit_Code:
+		if status.Code < 0 || status.Code > 255 {
+			return fmt.Errorf("the guest told the exit code %d", status.Code)
+		}
+	case *guestv1.Exit_Signal:
+		if status.Signal < 1 || status.Signal > 64 {
+			return fmt.Errorf("the guest told an end by signal %d", status.Signal)
+		}
+	default:
+		return errors.New("the guest told an end without a status")
+	}
+	if _, known := guestv1.StopCause_name[int32(exit.GetStopCause())]; !known {
+		return fmt.Errorf("the guest told the stop cause %d", exit.GetStopCause())
+	}
+	// More than a century; it would not fit into a Duration.
+	const limit = 1 << 52
+	for _, micros := range []uint64{exit.GetFirstOutputMicros(), exit.GetRunMicros(), exit.GetCpuUserMicros(), exit.GetCpuSystemMicros()} {
+		if micros > limit {
+			return fmt.Errorf("the guest told a time of %d µs", micros)
+		}
+	}
+	return nil
+}
 
-// call sends a request and returns its answer; over fresh pipes if one is lost.
-func (c *Client) call(ctx context.Context, r *guestv1.Request) (answer, error) {
+// ask does a call whose answer has no payload.
+func (c *Client) ask(ctx context.Context, r *guestv1.Request) (*guestv1.Response, error) {
+	a, err := c.call(ctx, r, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer a.release()
+	if n := len(a.payload.bytes()); n > 0 {
+		return nil, fmt.Errorf("the guest sent %d bytes that nobody asked for", n)
+	}
+	return a.response, nil
+}
+
+// call sends a request and returns its answer; over fresh pipes if one is lost. wait
+// is how long the guest is asked to wait.
+func (c *Client) call(ctx context.Context, r *guestv1.Request, wait time.Duration) (answer, error) {
 	pause := firstPause
 	for attempt := 1; ; attempt++ {
-		a, err := c.try(ctx, r)
+		a, err := c.try(ctx, r, wait)
 		if err == nil {
 			if e := a.response.GetError(); e != nil {
 				a.release()
-				return answer{}, &Error{Kind: e.GetKind(), Message: e.GetMessage()}
+				return answer{}, errorOf(e)
 			}
 			return a, nil
 		}
 		if ctx.Err() != nil {
 			return answer{}, context.Cause(ctx)
 		}
-		if attempt == attempts || errors.Is(err, errClosed) {
+		if attempt == attempts || errors.Is(err, errClosed) || errors.Is(err, errSilent) || errors.Is(err, wire.ErrUnsendable) {
 			return answer{}, err
 		}
 		select {
 		case <-time.After(pause):
+		case <-c.closing:
+			return answer{}, errClosed
 		case <-ctx.Done():
 			return answer{}, context.Cause(ctx)
 		}
@@ -219,14 +307,32 @@ func (c *Client) call(ctx context.Context, r *guestv1.Request) (answer, error) {
 	}
 }
 
-func (c *Client) try(ctx context.Context, r *guestv1.Request) (answer, error) {
-	p, err := c.connect(ctx)
+// errorOf takes a guest's error over. Its text is shown to people.
+func errorOf(e *guestv1.Error) error {
+	kind := e.GetKind()
+	if _, known := guestv1.Error_Kind_name[int32(kind)]; !known || kind == guestv1.Error_KIND_UNSPECIFIED {
+		kind = guestv1.Error_KIND_INTERNAL
+	}
+	text := strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, e.GetMessage()[:min(len(e.GetMessage()), maxErrorText)])
+	return &Error{Kind: kind, Message: text}
+}
+
+func (c *Client) try(ctx context.Context, r *guestv1.Request, wait time.Duration) (answer, error) {
+	limited, cancel := context.WithTimeoutCause(ctx, wait+patience, errSilent)
+	defer cancel()
+	p, err := c.connect(limited)
 	if err != nil {
 		return answer{}, err
 	}
-	a, err := p.ask(ctx, r)
-	if err != nil && ctx.Err() == nil {
-		c.drop(p, err)
+	a, err := p.ask(limited, r)
+	if err != nil && ctx.Err() == nil && !errors.Is(err, wire.ErrUnsendable) {
+		// The others that use the pipe have not waited that long: they try a fresh one.
+		c.drop(p, fmt.Errorf("the pipe to the guest was given up: %v", err)) //nolint:errorlint // one caller's cause is not another's
 	}
 	return a, err
 }
@@ -239,20 +345,21 @@ func (c *Client) connect(ctx context.Context) (*pipe, error) {
 			c.mu.Unlock()
 			return nil, errClosed
 		}
-		if c.pipe != nil && !c.pipe.isLost() {
+		if c.pipe != nil && c.pipe.lostBy() == nil {
 			defer c.mu.Unlock()
 			return c.pipe, nil
 		}
 		if c.dialing == nil {
-			done := make(chan struct{})
-			c.dialing = done
+			ctx, cancel := context.WithCancelCause(ctx)
+			defer cancel(nil)
+			c.dialing, c.hangUp = make(chan struct{}), cancel
 			old := c.pipe
 			c.pipe = nil
 			c.mu.Unlock()
 			if old != nil {
 				old.close(errClosed)
 			}
-			return c.dial(ctx, done)
+			return c.dial(ctx)
 		}
 		other := c.dialing
 		c.mu.Unlock()
@@ -264,18 +371,21 @@ func (c *Client) connect(ctx context.Context) (*pipe, error) {
 	}
 }
 
-func (c *Client) dial(ctx context.Context, done chan struct{}) (*pipe, error) {
+// dial opens a pipe for everybody.
+func (c *Client) dial(ctx context.Context) (*pipe, error) {
 	conn, err := c.dialer.Dial(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.dialing = nil
-	close(done)
+	close(c.dialing)
+	c.dialing, c.hangUp = nil, nil
+	if c.closed {
+		if err == nil {
+			conn.Close()
+		}
+		return nil, errClosed
+	}
 	if err != nil {
 		return nil, err
-	}
-	if c.closed {
-		conn.Close()
-		return nil, errClosed
 	}
 	c.pipe = newPipe(conn, &c.payloads)
 	return c.pipe, nil

@@ -3,6 +3,7 @@ package guestclient
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,17 +13,20 @@ import (
 	"github.com/harvest-run/executord/internal/guest/wire"
 )
 
-// pipe is one open connection: requests go out under a lock, one goroutine hands
+// pipe is one open connection: requests go out one after another, one goroutine hands
 // the answers to whoever waits for them.
 type pipe struct {
 	conn   net.Conn
 	pool   *sync.Pool
 	reader sync.WaitGroup
+	// writing is held by whoever writes. It is a channel, so that a caller whose turn
+	// does not come can go.
+	writing chan struct{}
 
-	write sync.Mutex
-
-	mu      sync.Mutex
-	next    uint64
+	mu   sync.Mutex
+	next uint64
+	// waiting has every request whose answer did not come yet; nil for one that nobody
+	// waits for any more.
 	waiting map[uint64]chan<- answer
 	lost    error
 	gone    chan struct{} // closed with lost
@@ -37,15 +41,19 @@ type answer struct {
 func (a answer) release() { a.payload.release() }
 
 func newPipe(conn net.Conn, pool *sync.Pool) *pipe {
-	p := &pipe{conn: conn, pool: pool, waiting: make(map[uint64]chan<- answer), gone: make(chan struct{})}
+	p := &pipe{
+		conn: conn, pool: pool, writing: make(chan struct{}, 1),
+		waiting: make(map[uint64]chan<- answer), gone: make(chan struct{}),
+	}
 	p.reader.Go(p.read)
 	return p
 }
 
-func (p *pipe) isLost() bool {
+// lostBy returns why the pipe was lost; nil if it was not.
+func (p *pipe) lostBy() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.lost != nil
+	return p.lost
 }
 
 // close ends the pipe; everybody who waits gets cause.
@@ -69,21 +77,15 @@ func (p *pipe) ask(ctx context.Context, r *guestv1.Request) (answer, error) {
 	c := make(chan answer, 1)
 	p.mu.Lock()
 	if p.lost != nil {
-		p.mu.Unlock()
+		defer p.mu.Unlock()
 		return answer{}, p.lost
 	}
 	p.next++
-	id := p.next
-	p.waiting[id] = c
+	r.Id = p.next
+	p.waiting[r.Id] = c
 	p.mu.Unlock()
-
-	r.Id = id
-	p.write.Lock()
-	err := wire.Write(p.conn, r)
-	p.write.Unlock()
-	if err != nil {
-		err = fmt.Errorf("ask the guest: %w", err)
-		p.lose(err)
+	if err := p.send(ctx, r); err != nil {
+		p.leave(r.Id, false)
 		return answer{}, err
 	}
 	select {
@@ -92,10 +94,7 @@ func (p *pipe) ask(ctx context.Context, r *guestv1.Request) (answer, error) {
 	case <-p.gone:
 	case <-ctx.Done():
 	}
-	p.mu.Lock()
-	delete(p.waiting, id)
-	lost := p.lost
-	p.mu.Unlock()
+	p.leave(r.Id, true)
 	select {
 	case a := <-c: // it came at the last moment
 		return a, nil
@@ -104,36 +103,99 @@ func (p *pipe) ask(ctx context.Context, r *guestv1.Request) (answer, error) {
 	if ctx.Err() != nil {
 		return answer{}, context.Cause(ctx)
 	}
-	return answer{}, lost
+	return answer{}, p.lostBy()
+}
+
+// leave gives up waiting for the answer of a request, which will come if it was sent.
+func (p *pipe) leave(id uint64, sent bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, ok := p.waiting[id]; !ok {
+		return
+	}
+	if sent {
+		p.waiting[id] = nil
+	} else {
+		delete(p.waiting, id)
+	}
+}
+
+// send writes a request. If ctx ends while the guest does not take it, half of it may
+// be on its way: the pipe is lost.
+func (p *pipe) send(ctx context.Context, r *guestv1.Request) error {
+	select {
+	case p.writing <- struct{}{}:
+	case <-p.gone:
+		return p.lostBy()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-p.writing }()
+	stop := context.AfterFunc(ctx, func() {
+		p.lose(fmt.Errorf("the guest did not take a request: %v", context.Cause(ctx))) //nolint:errorlint // one caller's cause is not another's
+	})
+	err := wire.Write(p.conn, r)
+	stop()
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, wire.ErrUnsendable):
+		return err
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	}
+	err = fmt.Errorf("ask the guest: %w", err)
+	p.lose(err)
+	return err
 }
 
 // read hands out answers until the pipe ends.
 func (p *pipe) read() {
 	buffered := bufio.NewReaderSize(p.conn, 16<<10)
-	r := &wire.Reader{R: buffered}
+	r := &wire.Reader{R: buffered, Limit: wire.MaxAnswer}
 	for {
-		resp := new(guestv1.Response)
-		n, err := r.Read(resp)
-		if err != nil {
+		if err := p.readOne(r, buffered); err != nil {
 			p.lose(fmt.Errorf("the pipe to the guest ended: %w", err))
 			return
-		}
-		a := answer{response: resp, payload: newPayload(n, p.pool)}
-		if _, err := io.ReadFull(buffered, a.payload.bytes()); err != nil {
-			a.release()
-			p.lose(fmt.Errorf("the pipe to the guest ended: %w", err))
-			return
-		}
-		p.mu.Lock()
-		c, ok := p.waiting[resp.GetId()]
-		delete(p.waiting, resp.GetId())
-		p.mu.Unlock()
-		if ok {
-			c <- a
-		} else {
-			a.release() // nobody waits any more
 		}
 	}
+}
+
+func (p *pipe) readOne(r *wire.Reader, buffered *bufio.Reader) error {
+	resp := new(guestv1.Response)
+	n, err := r.Read(resp)
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	_, ok := p.waiting[resp.GetId()]
+	p.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("the guest answered request %d, which is not open", resp.GetId())
+	}
+	a := answer{response: resp, payload: newPayload(n, p.pool)}
+	if _, err := io.ReadFull(buffered, a.payload.bytes()); err != nil {
+		a.release()
+		return noEOF(err)
+	}
+	p.mu.Lock()
+	c := p.waiting[resp.GetId()] // given up meanwhile?
+	delete(p.waiting, resp.GetId())
+	p.mu.Unlock()
+	if c == nil {
+		a.release()
+		return nil
+	}
+	c <- a
+	return nil
+}
+
+// noEOF makes an end within a frame an error that is not taken for an end between two.
+func noEOF(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
 }
 
 // payload is memory for the payload of one answer.
