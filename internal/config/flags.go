@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"io"
 	"strings"
 
@@ -18,7 +19,7 @@ type assignment struct {
 func readFlags(args []string) (set []assignment, file string, err error) {
 	flags, all := newFlags(&file)
 	if err := flags.Parse(args); err != nil {
-		if missing, ok := err.(*pflag.NotExistError); ok {
+		if missing, ok := errors.AsType[*pflag.NotExistError](err); ok {
 			var names []string
 			flags.VisitAll(func(f *pflag.Flag) { names = append(names, f.Name) })
 			return nil, "", unknown("flag", missing.GetSpecifiedName(), names)
