@@ -151,19 +151,22 @@ func TestFloodInFlatMemory(t *testing.T) {
 	g.release("flood")
 }
 
+// taken is how many bytes a program "progress" got rid of.
+func taken(file string) int {
+	text, err := os.ReadFile(file)
+	if err != nil || len(text) < 8 {
+		return 0
+	}
+	return int(binary.LittleEndian.Uint64(text))
+}
+
 // TestSlowReader stops reading for a while.
 func TestSlowReader(t *testing.T) {
 	overTrees(t, func(t *testing.T, g *guestProcess) {
 		const size = 8 << 20
 		file := filepath.Join(g.dir, "progress")
 		g.start(g.program("slow", "progress", file, strconv.Itoa(size)))
-		taken := func() int {
-			text, err := os.ReadFile(file)
-			if err != nil || len(text) < 8 {
-				return 0
-			}
-			return int(binary.LittleEndian.Uint64(text))
-		}
+		taken := func() int { return taken(file) }
 		stand := func() int { // where the program comes to a stand
 			for last := -1; ; time.Sleep(200 * time.Millisecond) {
 				now := taken()

@@ -12,6 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// maxRecords is the kernel's BPF_MAXINSNS.
+const maxRecords = 4096
+
 // Thread says what the calling thread gives up and joins. Whoever calls Apply has
 // locked the goroutine to its thread and never unlocks it.
 type Thread struct {
@@ -73,6 +76,9 @@ func loadFilter(program []byte) error {
 	const record = int(unsafe.Sizeof(unix.SockFilter{}))
 	if len(program)%record != 0 {
 		return fmt.Errorf("seccomp filter of %d bytes is not a whole number of records", len(program))
+	}
+	if len(program)/record > maxRecords {
+		return fmt.Errorf("seccomp filter has %d records, more than the %d that the kernel takes", len(program)/record, maxRecords)
 	}
 	prog := unix.SockFprog{
 		Len:    uint16(len(program) / record),
