@@ -208,7 +208,10 @@ func remountReadOnly(path string) error {
 	if err := unix.Statfs(path, &fs); err != nil {
 		return err
 	}
-	keep := uintptr(fs.Flags) & (unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME | unix.MS_NODIRATIME | unix.MS_RELATIME)
+	keep := uintptr(fs.Flags) & (unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME | unix.MS_NODIRATIME)
+	if fs.Flags&(unix.ST_NOATIME|unix.ST_RELATIME) == 0 {
+		keep |= unix.MS_STRICTATIME // not the default, which is relatime
+	}
 	return unix.Mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|keep, "")
 }
 
