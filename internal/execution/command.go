@@ -139,7 +139,6 @@ type interpreter struct {
 	file     string
 	// pkg is the Debian package that has the program.
 	pkg string
-	env []string
 }
 
 func interpreters() map[Language]interpreter {

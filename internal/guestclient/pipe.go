@@ -192,7 +192,7 @@ func (p *pipe) readOne(r *wire.Reader, buffered *bufio.Reader) error {
 
 // noEOF makes an end within a frame an error that is not taken for an end between two.
 func noEOF(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err
