@@ -26,36 +26,46 @@ func newGuests() *guests { return &guests{open: make(map[string]*guest)} }
 // Guests of sandboxes that have ended since the last call are given up.
 func (g *guests) of(sb engine.Sandbox) (_ *guest, first bool) {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	if known, ok := g.open[sb.ID()]; ok && known.sandbox == sb {
+		g.mu.Unlock()
 		return known, false
 	}
+	var stale []*guest
 	for id, old := range g.open {
 		if id == sb.ID() || ended(old.sandbox) {
 			delete(g.open, id)
-			old.Close()
+			stale = append(stale, old)
 		}
 	}
 	fresh := &guest{Client: guestclient.New(sb), sandbox: sb}
 	g.open[sb.ID()] = fresh
+	g.mu.Unlock()
+	for _, old := range stale {
+		old.Close() // not under the lock: it waits for what is under way
+	}
 	return fresh, true
 }
 
 // drop gives up a sandbox that is being ended.
 func (g *guests) drop(sb engine.Sandbox) {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	if known, ok := g.open[sb.ID()]; ok && known.sandbox == sb {
+	known, ok := g.open[sb.ID()]
+	if ok = ok && known.sandbox == sb; ok {
 		delete(g.open, sb.ID())
+	}
+	g.mu.Unlock()
+	if ok {
 		known.Close()
 	}
 }
 
+// close gives up all.
 func (g *guests) close() {
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	for id, open := range g.open {
-		delete(g.open, id)
+	all := g.open
+	g.open = make(map[string]*guest)
+	g.mu.Unlock()
+	for _, open := range all {
 		open.Close()
 	}
 }

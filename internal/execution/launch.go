@@ -57,13 +57,9 @@ func (r *run) makeSandbox(ctx context.Context) *Result {
 // meet gets to know the guest of the run's sandbox. In one that others use too, it
 // remembers what they have used so far.
 func (r *run) meet(ctx context.Context) {
-	guest, first := r.service.guests.of(r.sandbox)
-	r.guest = guest
+	r.guest = r.service.guestOf(ctx, r)
 	if r.session == "" {
 		return
-	}
-	if first {
-		r.service.forgetEnded(ctx, guest)
 	}
 	bounded, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
 	defer cancel()
@@ -73,6 +69,15 @@ func (r *run) meet(ctx context.Context) {
 		before = engine.Usage{OOMKills: math.MaxInt64, PIDsRefused: math.MaxInt64}
 	}
 	r.before = before
+}
+
+// guestOf returns the guest of a run's sandbox.
+func (s *Service) guestOf(ctx context.Context, r *run) *guest {
+	guest, first := s.guests.of(r.sandbox)
+	if first && r.session != "" {
+		s.forgetEnded(ctx, guest)
+	}
+	return guest
 }
 
 // forgetEnded has a guest release what ended before this executord was started: it

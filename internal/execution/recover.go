@@ -23,10 +23,21 @@ func (s *Service) Recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read unfinished executions: %w", err)
 	}
+	// All are known before the first goes on: what a guest holds that is not known is
+	// taken for a leftover.
+	var resume []func()
 	for _, e := range unfinished {
-		if err := s.recover(ctx, e); err != nil {
+		runCtx, r, err := s.recover(ctx, e)
+		if err != nil {
+			for _, r := range s.all(func(*run) bool { return true }) {
+				r.leave()
+			}
 			return fmt.Errorf("take up execution %s: %w", e.ID, err)
 		}
+		resume = append(resume, func() { r.resume(runCtx) })
+	}
+	for _, f := range resume {
+		s.work.Go(f)
 	}
 	return s.logs.strays(func(id string) (bool, error) {
 		_, err := s.cfg.Store.GetExecution(ctx, id)
@@ -37,7 +48,8 @@ func (s *Service) Recover(ctx context.Context) error {
 	})
 }
 
-func (s *Service) recover(ctx context.Context, e Execution) error {
+// recover makes the run of an unfinished execution and registers it.
+func (s *Service) recover(ctx context.Context, e Execution) (context.Context, *run, error) {
 	handle, err := s.logs.openToWrite(e.ID, e.RetainedBytes)
 	if errors.Is(err, eventlog.ErrNoLog) {
 		// The log is gone or beyond repair: what happens from here on goes into a new
@@ -47,7 +59,7 @@ func (s *Service) recover(ctx context.Context, e Execution) error {
 		handle, err = s.renewLog(e)
 	}
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	if n := handle.Repaired(); n > 0 {
 		s.log.WarnContext(ctx, "cut a torn end off an event log", "execution", e.ID, "bytes", n)
@@ -55,7 +67,7 @@ func (s *Service) recover(ctx context.Context, e Execution) error {
 	if handle.Sequence() == 0 {
 		if err := handle.Append(e.CreateTime, eventlog.Entry{Kind: kindStarted}); err != nil {
 			handle.release()
-			return err
+			return nil, nil, err
 		}
 	}
 	e.Epoch = handle.Epoch()
@@ -64,8 +76,7 @@ func (s *Service) recover(ctx context.Context, e Execution) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.addLocked(r)
-	s.work.Go(func() { r.resume(runCtx) })
-	return nil
+	return runCtx, r, nil
 }
 
 func (s *Service) renewLog(e Execution) (*logHandle, error) {

@@ -3,6 +3,7 @@ package execution_test
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,8 +12,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 )
@@ -137,6 +142,123 @@ func TestLogUnreadableAtRecovery(t *testing.T) {
 	})
 }
 
+// TestSegmentUnreadableAtRecovery does not take an error of the disk for a log that is
+// gone.
+func TestSegmentUnreadableAtRecovery(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(0, "x"), enginefake.Pause(time.Minute)}, Exit: enginefake.Exit(0)}))
+		ref := r.start(execution.Request{})
+		time.Sleep(time.Second)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		file := segments(t, r, ref)[0]
+		aside := filepath.Join(t.TempDir(), "aside")
+		if err := errors.Join(os.Rename(file, aside), os.Mkdir(file, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		r.open()
+		if err := r.Recover(t.Context()); err == nil {
+			t.Error("recovered from an error of the disk")
+		}
+		if r.Running() != 0 {
+			t.Errorf("%d running", r.Running())
+		}
+		if err := errors.Join(r.Close(), os.Remove(file), os.Rename(aside, file)); err != nil {
+			t.Fatal(err)
+		}
+		r.open()
+		if err := r.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := r.watch(ref, nil); string(got.output["stdout"]) != "x" || got.result.Reason != execution.Exited {
+			t.Errorf("%+v, %q", got.result, got.output)
+		}
+	})
+}
+
+// TestStoppingStaysStopping when an order comes before the command is found again.
+func TestStoppingStaysStopping(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var slow atomic.Bool
+		r := newRig(t, enginefake.Config{
+			Script: func(*guestv1.StartRequest) enginefake.Script { return enginefake.Script{IgnoreTerm: true} },
+			Hooks: enginefake.Hooks{Open: func(ctx context.Context, _ string) error {
+				if slow.Load() {
+					return sleep(ctx, 5*time.Second)
+				}
+				return nil
+			}},
+		})
+		ref := r.start(execution.Request{})
+		time.Sleep(time.Second)
+		slow.Store(true)
+		r.restart()
+		begin := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		grace := time.Minute
+		e, err := r.Cancel(ctx, ref, execution.Cancellation{Grace: &grace, By: "me"})
+		if !errors.Is(err, context.DeadlineExceeded) || e.State != execution.Stopping {
+			t.Errorf("%v, state %d", err, e.State)
+		}
+		e = r.wait(ref)
+		if took := time.Since(begin); took != 65*time.Second || e.Result.CancelledBy != "me" {
+			t.Errorf("%+v after %v", e.Result, took)
+		}
+	})
+}
+
+// TestCrashWhileACommandIsGivenUp does not let the next executord say that nothing ran.
+func TestCrashWhileACommandIsGivenUp(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		reached, gone := make(chan struct{}), make(chan struct{})
+		fake := enginefake.New(enginefake.Config{
+			Script: func(*guestv1.StartRequest) enginefake.Script { return enginefake.Script{} },
+			Hooks: enginefake.Hooks{Answer: func(_ string, q *guestv1.Request, a *enginefake.Answer) {
+				switch {
+				case q.GetRead() != nil:
+					a.Response.Answer = &guestv1.Response_Error{Error: enginefake.Refusal(guestv1.Error_KIND_INTERNAL, "no idea")}
+				case q.GetRelease() != nil && a.Response.GetError() == nil:
+					// The tree is gone and the guest has forgotten it, and nobody was told.
+					select {
+					case <-reached:
+					default:
+						close(reached)
+						<-gone
+					}
+				}
+			}},
+		})
+		t.Cleanup(fake.Shutdown)
+		w := &world{t: t, fake: fake, store: newMemory(), dir: filepath.Join(t.TempDir(), "logs")}
+		if _, err := fake.Create(t.Context(), engine.Spec{ID: "s-a"}); err != nil {
+			t.Fatal(err)
+		}
+		s := w.executord(nil)
+		e, err := s.Start(t.Context(), execution.Request{Session: "a", Command: execution.Command{Args: []string{"x"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-reached
+		s.mortal.kill()
+		w.freeze()
+		close(gone)
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		next := w.executord(nil)
+		defer next.Close()
+		if err := next.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		e, err = next.Wait(t.Context(), execution.Ref{Session: "a", ID: e.ID})
+		if err != nil || e.Result.Reason != execution.SandboxLost {
+			t.Errorf("%v, %+v", err, e.Result)
+		}
+	})
+}
+
 // TestTornLog is cut back to its last whole record and goes on.
 func TestTornLog(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -211,6 +333,161 @@ func TestSealedLogWithoutAResult(t *testing.T) {
 			t.Errorf("left: %v", left)
 		}
 	})
+}
+
+// TestResultBeyondUnderstanding has a log that is whole, and ends with what nobody can
+// read: the end is stored as unknown, and watchers get that one.
+func TestResultBeyondUnderstanding(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, enginefake.Config{})
+		const id = "01arz3ndektsv4rrffq69g5fav"
+		log, err := eventlog.Create(eventlog.Config{Dir: filepath.Join(r.dir, id)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		now := time.Now()
+		err = errors.Join(
+			log.Append(now, eventlog.Entry{Kind: eventlog.KindOutput + 1}, eventlog.Entry{Kind: eventlog.KindOutput + 77}),
+			log.Seal(now, eventlog.Entry{Kind: eventlog.KindOutput + 2, Data: []byte("{")}), log.Close(),
+		)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := execution.Execution{ID: id, Sandbox: "e-" + id, State: execution.Running, CreateTime: now, Epoch: log.Epoch()}
+		if err := r.memory.InsertExecution(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		ref := execution.Ref{ID: id}
+		e = r.wait(ref)
+		if e.Result.Reason != execution.SandboxLost || !strings.Contains(e.Result.Detail, "cannot be read") {
+			t.Errorf("%+v", e.Result)
+		}
+		w, err := r.Watch(t.Context(), ref, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		if first, err := w.Next(t.Context()); err != nil || first.Started == nil {
+			t.Errorf("%+v, %v", first, err)
+		}
+		// The record of a kind that is not known is left out.
+		last, err := w.Next(t.Context())
+		if err != nil || last.Cursor.Sequence != 3 || cmp.Diff(e.Result, last.Result) != "" {
+			t.Errorf("%+v, %v", last, err)
+		}
+		if _, err := w.Next(t.Context()); !errors.Is(err, io.EOF) {
+			t.Error(err)
+		}
+	})
+}
+
+// TestManyEndInASession while executord is away: each is read out, and the guest is not
+// told to forget one that another run has yet to ask for.
+func TestManyEndInASession(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{
+			Steps: []enginefake.Step{enginefake.Stdout(0, "early "), enginefake.Stdout(time.Minute, "late")}, Exit: enginefake.Exit(4),
+		}))
+		r.session("a")
+		var refs []execution.Ref
+		for range 20 {
+			refs = append(refs, r.start(execution.Request{Session: "a"}))
+		}
+		time.Sleep(time.Second)
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour)
+		r.open()
+		if err := r.Recover(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for _, ref := range refs {
+			got := r.watch(ref, nil)
+			if got.result.Reason != execution.Exited || *got.result.ExitCode != 4 || string(got.output["stdout"]) != "early late" {
+				t.Errorf("%+v, %q", got.result, got.output)
+			}
+		}
+		synctest.Wait()
+		if held := r.fake.Held("s-a"); len(held) != 0 {
+			t.Errorf("the guest holds %v", held)
+		}
+	})
+}
+
+// TestGuestForgotTheCommand does not claim that nothing ran when something did.
+func TestGuestForgotTheCommand(t *testing.T) {
+	for _, script := range []enginefake.Script{{Steps: []enginefake.Step{enginefake.Stdout(0, "x")}}, {}} {
+		guestForgot(t, script)
+	}
+}
+
+func guestForgot(t *testing.T, script enginefake.Script) {
+	bubble(t, func(t *testing.T) {
+		var forgetful atomic.Bool
+		r := newRig(t, enginefake.Config{
+			Script: func(*guestv1.StartRequest) enginefake.Script { return script },
+			Hooks: enginefake.Hooks{Answer: func(_ string, q *guestv1.Request, a *enginefake.Answer) {
+				if info := a.Response.GetInfo(); info != nil && forgetful.Load() {
+					info.Executions = nil
+				}
+			}},
+		})
+		ref := r.start(execution.Request{})
+		time.Sleep(time.Second)
+		forgetful.Store(true)
+		r.restart()
+		if e := r.wait(ref); e.Result.Reason != execution.SandboxLost || !e.Result.TreeEmpty {
+			t.Errorf("%+v", e.Result)
+		}
+	})
+}
+
+// TestInterruptedRecovery is ordered to stop, and closed, while the engine does not
+// say where the sandbox is.
+func TestInterruptedRecovery(t *testing.T) {
+	for _, closing := range []bool{false, true} {
+		bubble(t, func(t *testing.T) {
+			var broken atomic.Bool
+			r := newRig(t, enginefake.Config{
+				Script: func(*guestv1.StartRequest) enginefake.Script {
+					return enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(time.Hour/4, "x")}, Exit: enginefake.Exit(0)}
+				},
+				Hooks: enginefake.Hooks{Open: func(context.Context, string) error {
+					if broken.Load() {
+						return errors.New("engine on fire")
+					}
+					return nil
+				}},
+			})
+			ref := r.start(execution.Request{})
+			time.Sleep(time.Second)
+			broken.Store(true)
+			r.restart()
+			time.Sleep(time.Second)
+			if !closing {
+				if e := r.cancel(ref, 0); e.Result.Reason != execution.Cancelled || e.Result.TreeEmpty {
+					t.Errorf("%+v", e.Result)
+				}
+				return
+			}
+			begin := time.Now()
+			if err := r.Close(); err != nil || time.Since(begin) > time.Second {
+				t.Errorf("%v after %v", err, time.Since(begin))
+			}
+			broken.Store(false)
+			r.open()
+			if err := r.Recover(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if e := r.wait(ref); e.Result.Reason != execution.Exited {
+				t.Errorf("%+v", e.Result)
+			}
+		})
+	}
 }
 
 // TestStrays removes logs without a record, and nothing else.

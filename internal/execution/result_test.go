@@ -258,6 +258,18 @@ func TestMissingWorkingDirectory(t *testing.T) {
 	}
 }
 
+// TestUnsendable is refused without losing anything.
+func TestUnsendable(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, enginefake.Config{})
+		r.session("a")
+		res := r.run(execution.Request{Session: "a", Command: execution.Command{Args: []string{"echo", "\xff"}}})
+		if res.Reason != execution.StartFailed || res.Evidence["kind"] != "refused" || len(r.list()) != 1 {
+			t.Errorf("%+v, sandboxes %v", res, r.list())
+		}
+	})
+}
+
 // TestHostileExit has a guest tell what no program can do.
 func TestHostileExit(t *testing.T) {
 	huge := func(micros uint64) *guestv1.Exit {

@@ -302,8 +302,7 @@ func (r *run) letGo(ctx context.Context) {
 	}
 	bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), answerTime, errNoAnswer)
 	defer cancel()
-	guest, _ := r.service.guests.of(r.sandbox)
-	if err := guest.Release(bounded, r.id); err != nil && !ended(r.sandbox) {
+	if err := r.service.guestOf(bounded, r).Release(bounded, r.id); err != nil && !ended(r.sandbox) {
 		r.service.log.WarnContext(ctx, "the guest keeps an ended command", "execution", r.id, "error", err)
 	}
 }

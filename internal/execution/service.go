@@ -401,7 +401,7 @@ func (s *Service) openLog(ctx context.Context, ref Ref) (*logHandle, error) {
 	if err != nil {
 		return nil, err
 	}
-	if e.State == Ended && !handle.Sealed() {
+	if e.Result != nil && !handle.Sealed() {
 		// Its end was damaged and has been cut off. The store still has the result.
 		s.log.ErrorContext(ctx, "the log of an ended execution had no end", "execution", e.ID, "cut_off_bytes", handle.Repaired())
 		if err := s.sealAgain(e, handle); err != nil {

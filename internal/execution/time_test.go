@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +19,7 @@ import (
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/fault"
 )
 
 // TestBackstop ends the sandbox of a command that its guest never ends.
@@ -127,13 +130,21 @@ func TestCoalescing(t *testing.T) {
 // TestExitIsNotKeptWaiting ends a command at once, whatever it wrote just before.
 func TestExitIsNotKeptWaiting(t *testing.T) {
 	bubble(t, func(t *testing.T) {
-		r := newRig(t, scripted(enginefake.Script{
+		var reads atomic.Int64
+		cfg := scripted(enginefake.Script{
 			Steps: []enginefake.Step{enginefake.Stdout(0, "a"), enginefake.Stdout(time.Millisecond, "b")}, Exit: enginefake.Exit(0),
-		}))
+		})
+		cfg.Hooks.Ask = func(_ string, q *guestv1.Request) bool {
+			if q.GetRead() != nil && reads.Add(1) == 2 {
+				time.Sleep(2 * time.Millisecond) // so that the rest and the exit come together
+			}
+			return true
+		}
+		r := newRig(t, cfg)
 		begin := time.Now()
 		r.run(execution.Request{})
-		if took := time.Since(begin); took > 5*time.Millisecond {
-			t.Errorf("it took %v", took)
+		if took := time.Since(begin); took != 2*time.Millisecond || reads.Load() != 2 {
+			t.Errorf("it took %v and %d reads", took, reads.Load())
 		}
 	})
 }
@@ -550,6 +561,30 @@ func TestStoreFails(t *testing.T) {
 		if stored, _ := r.memory.stored(ref.ID); stored.State != execution.Ended || stored.Result == nil {
 			t.Errorf("%+v", stored)
 		}
+	})
+}
+
+// TestEndThatCannotBeSealed is not told to anybody: it would not be true after a crash.
+func TestEndThatCannotBeSealed(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Pause(time.Second)}, Exit: enginefake.Exit(0)}))
+		ref := r.start(execution.Request{})
+		dir := filepath.Join(r.dir, ref.ID)
+		if err := os.Rename(dir, dir+".away"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		if e := r.get(ref); e.State != execution.Running || e.Result != nil {
+			t.Errorf("%+v", e)
+		}
+		wantFault(t, r.Delete(t.Context(), ref), fault.FailedPrecondition, "EXECUTION_NOT_ENDED")
+		if err := os.Rename(dir+".away", dir); err != nil {
+			t.Fatal(err)
+		}
+		if e := r.wait(ref); e.Result.Reason != execution.Exited || e.Result.Times.Ended.Sub(e.CreateTime) != time.Second {
+			t.Errorf("%+v", e.Result)
+		}
+		r.watch(ref, nil)
 	})
 }
 

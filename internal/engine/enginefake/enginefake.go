@@ -45,6 +45,9 @@ type Hooks struct {
 	Usage func(ctx context.Context, id string) (engine.Usage, error)
 	// List can fail.
 	List func(ctx context.Context) error
+	// Ask is called with each request before it is done; false drops it, and nothing
+	// answers it.
+	Ask func(sandbox string, q *guestv1.Request) bool
 	// Answer is called before an answer of the guest is sent, and may change it.
 	Answer func(sandbox string, q *guestv1.Request, a *Answer)
 }

@@ -422,6 +422,26 @@ func TestAnswers(t *testing.T) {
 	})
 }
 
+// TestAsk drops requests before they are done.
+func TestAsk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var deaf atomic.Bool
+		deaf.Store(true)
+		e := newEngine(t, enginefake.Config{Hooks: enginefake.Hooks{Ask: func(string, *guestv1.Request) bool { return !deaf.Load() }}})
+		c := client(t, create(t, e, "a"))
+		because := errors.New("no time")
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, because)
+		defer cancel()
+		if _, err := c.Start(ctx, &guestv1.StartRequest{Execution: "x"}); !errors.Is(err, because) || len(e.Started()) != 0 {
+			t.Errorf("%v, started %v", err, e.Started())
+		}
+		deaf.Store(false)
+		if _, err := c.Start(t.Context(), &guestv1.StartRequest{Execution: "x"}); err != nil || len(e.Started()) != 1 {
+			t.Errorf("%v, started %v", err, e.Started())
+		}
+	})
+}
+
 // TestImmortal is ended by nothing but its sandbox's end.
 func TestImmortal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

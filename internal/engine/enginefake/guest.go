@@ -137,6 +137,9 @@ func (sb *sandbox) serve(conn net.Conn) {
 			return
 		}
 		handlers.Go(func() {
+			if hook := sb.engine.cfg.Hooks.Ask; hook != nil && !hook(sb.id, q) {
+				return
+			}
 			a := sb.answer(q, ended)
 			a.Response.Id = q.GetId()
 			if hook := sb.engine.cfg.Hooks.Answer; hook != nil {
