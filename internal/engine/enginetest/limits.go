@@ -210,7 +210,7 @@ func processLimit(t *testing.T, h *house) {
 }
 
 func processorLimit(t *testing.T, h *house) {
-	const share = 0.2
+	const share = 0.05 // so little that without the limit it is exceeded on a busy machine too
 	b := h.create("slow", engine.Limits{CPUMillis: share * 1000})
 	b.sh("true")
 	before, start := b.usage(), time.Now()
@@ -221,10 +221,10 @@ func processorLimit(t *testing.T, h *house) {
 		t.Fatal(out)
 	}
 	// Three loops would use all processors; a quota may be overrun by a period or two.
-	if ratio := cpu.Seconds() / wall.Seconds(); ratio > 2*share {
+	if ratio := cpu.Seconds() / wall.Seconds(); ratio > 3*share {
 		t.Errorf("used %v in %v: %.2f processors, want about %.2f", cpu, wall, ratio, share)
 	}
-	if cpu < 50*time.Millisecond {
+	if cpu < 20*time.Millisecond {
 		t.Errorf("used only %v in %v: the loops did not run", cpu, wall)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/harvest-run/executord/internal/engine"
+	"golang.org/x/sys/unix"
 )
 
 func TestWithShortPath(t *testing.T) {
@@ -93,5 +94,20 @@ open(d + "/file", "a").write("x"); open(d + "/made", "w")`, shown))
 	}
 	if got := listing(t, shown); strings.Count(got, "\n") != 1 || !strings.Contains(got, "file -rw-r--r-- 11") {
 		t.Errorf("on the host: %s", got)
+	}
+}
+
+// What executord was started with does not go on to the guest, which would hand it to
+// every command.
+func TestInheritedDescriptorsAreKept(t *testing.T) {
+	e := newEngine(t)
+	fd, err := unix.Open("/dev/null", unix.O_RDONLY, 0) // and not close-on-exec
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	sandboxFor(t, e, engine.Spec{ID: "heir"})
+	if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+		t.Errorf("flags %#x, %v: the guest has the descriptor", flags, err)
 	}
 }

@@ -100,11 +100,14 @@ print(pids[0], set(pids) - {1, os.getpid(), os.getppid()}, os.getppid(), b"{{can
 print(attempt(os.kill, {{pid}}, 0))`, "1 set() 1 False\nESRCH", ""},
 		{"/dev has only what programs need", `print(*sorted(os.listdir("/dev")))`, "fd full null ptmx pts random shm stderr stdin stdout tty urandom zero", ""},
 		{"the kernel's memory and log are not readable", `
-for f in "kcore", "kallsyms", "keys", "kmsg", "kpagecount", "kpageflags", "timer_list", "sched_debug", "modules": print(f, read("/proc/" + f) in (b"", "ENOENT"))
+for f in "kcore", "kallsyms", "keys", "kmsg", "kpagecount", "kpageflags", "kpagecgroup", "timer_list", "sched_debug", "latency_stats", "modules", "sysrq-trigger":
+    p = "/proc/" + f
+    if os.path.exists(p) and not (os.stat(p).st_rdev == os.stat("/dev/null").st_rdev and read(p) == b""): print(f, "is there")
 for f in "slabinfo", "vmallocinfo", "pagetypeinfo": print(f, read("/proc/" + f))
-print(all(l.startswith(b"00000000-00000000") for l in read("/proc/iomem").splitlines() if l[:1] != b" "), call("syslog", 3, ctypes.create_string_buffer(99), 99))`,
-			strings.Join([]string{"kcore True", "kallsyms True", "keys True", "kmsg True", "kpagecount True", "kpageflags True", "timer_list True", "sched_debug True", "modules True",
-				"slabinfo EACCES", "vmallocinfo EACCES", "pagetypeinfo EACCES", "True EPERM"}, "\n"), ""},
+for d in "/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/bpf", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/security":
+    if os.path.exists(d) and os.listdir(d): print(d, "is there")
+print(all(l.strip().startswith(b"00000000-00000000") for l in read("/proc/iomem").splitlines()), call("syslog", 3, ctypes.create_string_buffer(99), 99))`,
+			"slabinfo EACCES\nvmallocinfo EACCES\npagetypeinfo EACCES\nTrue EPERM", ""},
 		{"control groups are out of reach", `
 print([l for l in open("/proc/mounts") if "cgroup" in l.split()[2]], os.listdir("/sys/fs/cgroup"))
 for kind in b"cgroup", b"cgroup2": print(call("mount", b"x", b"/mnt", kind, 0, 0), call("fsopen", kind, 0))`, "[] []\nEPERM EPERM\nEPERM EPERM", ""},

@@ -83,9 +83,30 @@ func runAll(m *testing.M) (code int, err error) {
 	}
 	code = m.Run()
 	if code != 0 {
-		return code, nil // what failed may well have left something
+		// What failed may well have left something, which would live on.
+		endChildren()
+		return code, leftGroups(temp)
 	}
 	return 0, errors.Join(goleak.Find(), leftProcesses(), leftMounts(string(mounts), temp), leftGroups(temp), leftDescriptors(), leftFiles(temp))
+}
+
+// endChildren kills what the tests started and did not end; guests end all in their
+// sandboxes.
+func endChildren() {
+	for {
+		lists, _ := filepath.Glob("/proc/self/task/*/children")
+		for _, list := range lists {
+			text, _ := os.ReadFile(list)
+			for field := range strings.FieldsSeq(string(text)) {
+				if pid, err := strconv.Atoi(field); err == nil {
+					_ = syscall.Kill(pid, syscall.SIGKILL)
+				}
+			}
+		}
+		if _, err := syscall.Wait4(-1, nil, 0, nil); err == syscall.ECHILD {
+			return
+		}
+	}
 }
 
 func leftProcesses() error {
@@ -122,8 +143,8 @@ func leftMounts(before, temp string) error {
 	return nil
 }
 
-// leftGroups looks for control groups of the engines that the tests opened; other
-// executords may work on this host meanwhile.
+// leftGroups looks for control groups of the engines that the tests opened, and removes
+// them; other executords may work on this host meanwhile.
 func leftGroups(temp string) error {
 	keys, err := os.ReadFile(filepath.Join(temp, keysName))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -135,14 +156,30 @@ func leftGroups(temp string) error {
 	if err := os.Remove(filepath.Join(temp, keysName)); err != nil {
 		return err
 	}
-	var left []error
+	var (
+		left   []error
+		groups []string
+	)
 	err = filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() && strings.HasPrefix(d.Name(), "executord-") &&
 			slices.Contains(strings.Fields(string(keys)), strings.TrimPrefix(d.Name(), "executord-")) {
 			left = append(left, fmt.Errorf("control group %s is left", path))
+			groups = append(groups, path)
 		}
 		return nil
 	})
+	for _, top := range groups {
+		var below []string
+		_ = filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				below = append(below, path)
+			}
+			return nil
+		})
+		for _, dir := range slices.Backward(below) {
+			_ = os.Remove(dir)
+		}
+	}
 	return errors.Join(append(left, err)...)
 }
 
