@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -212,5 +213,67 @@ func TestDetachedMount(t *testing.T) {
 	s.wait()
 	if err := g.Remove(); err != nil {
 		t.Error(err)
+	}
+}
+
+// What is written and read where version 2 has the controllers, on a directory with
+// the files that the kernel would have made.
+func TestControllersOfVersion2(t *testing.T) {
+	dir := t.TempDir()
+	commands := filepath.Join(dir, "x", commandGroup)
+	if err := os.MkdirAll(commands, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for file, text := range map[string]string{
+		"memory.max": "", "memory.swap.max": "", "pids.max": "", "cpu.max": "",
+		"memory.peak": "5000\n", "memory.events": "low 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 0\n",
+		"pids.events": "max 9\n", "cpu.stat": "usage_usec 1500000\nuser_usec 1\nsystem_usec 2\n",
+	} {
+		if err := os.WriteFile(filepath.Join(commands, file), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h := &Host{v1: map[string]string{}, v2: dir, inV2: map[string]bool{Memory: true, PIDs: true, CPU: true}}
+	g := h.Open("x")
+	for _, c := range controllers() {
+		if ok, how := h.Can(c); !ok || !strings.Contains(how, "version 2") {
+			t.Errorf("%s: %v, %q", c, ok, how)
+		}
+	}
+	if err := g.limit(Limits{MemoryBytes: 1 << 20, PIDs: 33, CPUMillis: 250}); err != nil {
+		t.Fatal(err)
+	}
+	// The guest has a group of its own here, so it is not counted.
+	for file, want := range map[string]string{"memory.max": "1048576", "memory.swap.max": "0", "pids.max": "33", "cpu.max": "25000 100000"} {
+		if got, err := os.ReadFile(filepath.Join(commands, file)); err != nil || string(got) != want {
+			t.Errorf("%s: %q, %v, want %q", file, got, err, want)
+		}
+	}
+	want := Usage{PeakMemoryBytes: 5000, OOMKills: 2, PIDsRefused: 9, CPU: 1500 * time.Millisecond}
+	if got, err := g.Usage(); err != nil || got != want {
+		t.Errorf("usage %+v, %v, want %+v", got, err, want)
+	}
+	// An older kernel has no memory.peak; a broken file is an error and not a 0.
+	if err := errors.Join(os.Remove(filepath.Join(commands, "memory.peak")), os.WriteFile(filepath.Join(commands, "pids.events"), []byte("max x\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := g.Usage(); err == nil || got.PeakMemoryBytes != 0 || got.OOMKills != 2 {
+		t.Errorf("usage %+v, %v, want an error about pids.events", got, err)
+	}
+	// No swap: that limit is left out. No memory limit: that is an error.
+	if err := os.Remove(filepath.Join(commands, "memory.swap.max")); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.limit(Limits{MemoryBytes: 2 << 20}); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(filepath.Join(commands, "memory.max")); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.limit(Limits{MemoryBytes: 2 << 20}); err == nil {
+		t.Error("a limit was said to be set that was not")
+	}
+	if files, err := g.OpenTasks(); err != nil || len(files) != 0 {
+		t.Errorf("tasks files of version 1: %v, %v", files, err)
 	}
 }
