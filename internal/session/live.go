@@ -86,12 +86,8 @@ func (l *live) snapshot() Session {
 func (l *live) running() (engine.Sandbox, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	record := l.record
-	if l.asked {
-		record.State = max(record.State, Terminating)
-	}
-	if record.State != Running || l.sandbox == nil {
-		return nil, notRunning(record)
+	if l.record.State != Running || l.sandbox == nil {
+		return nil, notRunning(l.record)
 	}
 	return l.sandbox, nil
 }

@@ -74,6 +74,9 @@ func TestRecover(t *testing.T) {
 					return
 				}
 				s := r.ended(record.ID)
+				if took := s.EndTime.Sub(s.CreateTime); took > time.Minute {
+					t.Errorf("it took %v", took)
+				}
 				if s.Reason != test.because || test.reason != "" && s.Detail != record.Detail {
 					t.Errorf("%+v", s)
 				}

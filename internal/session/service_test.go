@@ -646,6 +646,54 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// TestCloseWhileExecutionsEnd leaves the sandbox alone: the executor after this one
+// still has to read out what ran in it.
+func TestCloseWhileExecutionsEnd(t *testing.T) {
+	for name, hook := range map[string]func(ctx context.Context, _ string) error{
+		"they are waited for": func(ctx context.Context, _ string) error { <-ctx.Done(); return context.Cause(ctx) },
+		"they are closed too": func(context.Context, string) error { return errors.New("executord is stopping") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				r := newRig(t, enginefake.Hooks{})
+				r.executions.hook = hook
+				id := r.running(session.Request{Lifetime: time.Minute})
+				time.Sleep(2 * time.Minute)
+				if err := r.Close(); err != nil {
+					t.Fatal(err)
+				}
+				if live := r.live(); len(live) != 1 {
+					t.Errorf("the sandbox was ended: %v", live)
+				}
+				if s := r.store.stored(id); s.State != session.Terminating || s.Reason != session.Expired {
+					t.Errorf("%+v", s)
+				}
+			})
+		})
+	}
+}
+
+// TestCloseDuringAWrite finishes it.
+func TestCloseDuringAWrite(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, enginefake.Hooks{})
+		r.store.hook(func(op string, _ session.Session) error {
+			if op == "update" {
+				time.Sleep(time.Second)
+			}
+			return nil
+		})
+		id := r.create(session.Request{})
+		synctest.Wait()
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if s := r.store.stored(id); s.State != session.Running {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
 // TestNothingIsLeft counts goroutines after many sessions that ended in all ways, with
 // nothing in order.
 func TestNothingIsLeft(t *testing.T) {
