@@ -102,7 +102,14 @@ func TestSurroundings(t *testing.T) {
 	})
 	t.Run("default signals", func(t *testing.T) {
 		o := g.run(g.request("grep", "/bin/grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"))
-		if string(o.stdout) != "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n" {
+		var blocked, ignored uint64
+		if _, err := fmt.Sscanf(string(o.stdout), "SigBlk: %x\nSigIgn: %x\n", &blocked, &ignored); err != nil {
+			t.Fatalf("signals %q: %v", o.stdout, err)
+		}
+		// 32 and 33 belong to the C library, which programs cannot use them beside; Go
+		// leaves them as whoever started the tests had them.
+		const reserved = 1<<31 | 1<<32
+		if blocked&^reserved != 0 || ignored&^reserved != 0 {
 			t.Errorf("signals %q", o.stdout)
 		}
 	})

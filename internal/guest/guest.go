@@ -32,7 +32,7 @@ const (
 	maxInFlight = 4096
 	// maxCommands bounds the commands that are held, so that their ids fit into one
 	// answer.
-	maxCommands = 4096
+	maxCommands = 1024
 	// maxErrorText bounds the text of an error that is answered.
 	maxErrorText = 2 << 10
 	// stockBlocks is how many of the largest blocks are kept for the next use: what a

@@ -37,7 +37,7 @@ func program(args []string) int {
 	case "keep":
 		err = keep(args[1], args[2] == "flood")
 	case "give":
-		err = give(args[1])
+		err = give(args[1], atoi(args[2]))
 	case "single":
 		single(atoi(args[1]))
 	case "attack":
@@ -216,8 +216,8 @@ func keep(path string, flood bool) error {
 	return kept.Close()
 }
 
-// give sends its standard output to keep.
-func give(path string) error {
+// give sends its standard output to keep and writes size bytes to it.
+func give(path string, size int) error {
 	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path})
 	if err != nil {
 		return err
@@ -228,8 +228,8 @@ func give(path string) error {
 	if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
 		return err
 	}
-	fmt.Println("given")
-	return nil
+	_, err = os.Stdout.Write(randomBytes(3, size))
+	return err
 }
 
 // attack sends a process every signal there is, as kill does and as sigqueue does.

@@ -223,9 +223,9 @@ func TestPipeHeldByAnotherCommand(t *testing.T) {
 				g.start(g.program("keep", "keep", path, what))
 				kept := &output{}
 				g.readUntil("keep", kept, "listening\n")
-				o := g.run(g.program("give", "give", path))
+				o := g.run(g.program("give", "give", path, "100"))
 				wantCode(t, o, 0)
-				if !bytes.Contains(o.stdout, []byte("given\n")) {
+				if !bytes.Contains(o.stdout, randomBytes(3, 100)) {
 					t.Errorf("output %.100q", o.stdout)
 				}
 				if e := o.exit; !e.GetTreeEmpty() || e.GetReaped() != 0 {
@@ -237,4 +237,31 @@ func TestPipeHeldByAnotherCommand(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestHeldPipeOfUnreadCommand is the same when the reader comes only after the pipe
+// was given up: what was written before must still come.
+func TestHeldPipeOfUnreadCommand(t *testing.T) {
+	overTrees(t, func(t *testing.T, g *guestProcess) {
+		const size = spoolBytes + 50<<10 // fills the spool and most of a pipe
+		path := filepath.Join(g.dir, "s")
+		g.start(g.program("keep", "keep", path, "hold"))
+		kept := &output{}
+		g.readUntil("keep", kept, "listening\n")
+		started, err := g.Start(t.Context(), g.program("give", "give", path, fmt.Sprint(size)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the program ends", func() bool { return !alive(int(started.GetPid())) })
+		time.Sleep(holderPatience + holderPatience/2)
+		o := g.readAll("give", &output{})
+		wantCode(t, o, 0)
+		if !bytes.Equal(o.stdout, randomBytes(3, size)) {
+			t.Errorf("%d bytes, want %d", len(o.stdout), size)
+		}
+		g.release("give")
+		g.stop("keep", 0)
+		g.readAll("keep", kept)
+		g.release("keep")
+	})
 }

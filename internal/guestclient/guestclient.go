@@ -62,7 +62,7 @@ const (
 	// patience is how long a guest may take for an answer, beside the time that it was
 	// asked to wait. It answers in a millisecond; on a host that has more to do than it
 	// can, or is stopped for a while, it may take much longer.
-	patience = 20 * time.Second
+	patience = 30 * time.Second
 	// maxWait is the longest that a guest can be asked to wait.
 	maxWait = time.Minute
 	// maxErrorText bounds what is kept of a guest's message.
@@ -217,6 +217,9 @@ func outputOf(a answer, maxBytes int) (*Output, error) {
 	data := a.payload.bytes()
 	if len(data) > maxBytes {
 		return nil, fmt.Errorf("the guest sent %d bytes where at most %d were asked for", len(data), maxBytes)
+	}
+	if n := len(read.GetChunks()); n > wire.MaxChunks {
+		return nil, fmt.Errorf("the guest sent %d chunks at once", n)
 	}
 	out := &Output{Exit: read.GetExit(), Chunks: make([]Chunk, 0, len(read.GetChunks())), answer: a}
 	for _, chunk := range read.GetChunks() {

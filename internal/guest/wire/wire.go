@@ -23,7 +23,7 @@ const (
 	// MaxAnswer bounds the encoded message of a Response. It is less than MaxMessage
 	// because one small field of a message becomes an object when it is decoded: what
 	// a hostile guest can make executord allocate is many times what it sends.
-	MaxAnswer = 512 << 10
+	MaxAnswer = 128 << 10
 	// MaxChunks bounds the chunks of one ReadResponse.
 	MaxChunks = 1024
 )
