@@ -22,8 +22,8 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// gcPercent lets the heap grow to five times of what is alive, some tens of MiB.
-const gcPercent = 400
+// gcPercent lets the heap grow to three times of what is alive, some tens of MiB.
+const gcPercent = 200
 
 // Exit codes besides those of lifecycle.Main.
 const (

@@ -188,9 +188,17 @@ func TestKillKeepsSessions(t *testing.T) {
 		t.Fatal(err)
 	}
 	execute(t, c, &executorv1.ExecuteRequest{Parent: session, Command: bash("echo kept > /workspace/file")})
-	running, err := c.Execute(t.Context(), &executorv1.ExecuteRequest{Parent: session, Command: bash("while [ ! -e /workspace/go ]; do sleep 0.05; done; echo went on")})
+	running, err := c.Execute(t.Context(), &executorv1.ExecuteRequest{Parent: session, Command: bash("echo runs; while [ ! -e /workspace/go ]; do sleep 0.05; done; echo went on")})
 	if err != nil {
 		t.Fatal(err)
+	}
+	before := newChecker()
+	for before.stdout() == "" { // one that has not been started is not taken up
+		e, err := running.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		before.take(e)
 	}
 	d.kill()
 	d.up()
@@ -198,12 +206,12 @@ func TestKillKeepsSessions(t *testing.T) {
 	if k.stdout() != "kept\n" {
 		t.Errorf("stdout %q", k.stdout())
 	}
-	k = newChecker()
+	k = before
 	if err := k.follow(running); err != nil {
 		t.Fatal(err)
 	}
 	k.wants(t, executorv1.Reason_REASON_EXITED)
-	if k.stdout() != "went on\n" {
+	if k.stdout() != "runs\nwent on\n" {
 		t.Errorf("stdout %q", k.stdout())
 	}
 	ended, err := c.Sessions().TerminateSession(t.Context(), &executorv1.TerminateSessionRequest{Name: session})
