@@ -13,13 +13,6 @@ import (
 )
 
 const (
-	// drainWindow is how long processes that outlive their leader may go on before
-	// they are killed: enough for the tee behind `exec > >(tee log)` to write its
-	// last line, too short to be felt.
-	drainWindow = 100 * time.Millisecond
-	// lastWords is how much output such processes may write beyond the window if it is
-	// we who keep them waiting: more than a tee can hold.
-	lastWords = 4 << 20
 	// killPatience bounds the wait for killed processes to be gone. One in
 	// uninterruptible sleep can take longer; then the exit says that the tree was
 	// not seen empty.
@@ -283,48 +276,6 @@ func (c *command) alreadyDead() (death, bool) {
 	case <-t.C:
 		return death{}, false
 	}
-}
-
-// awaitStrays waits until nothing of the tree is left: as long as the grace of a stop
-// goes on, else only for the moment it takes to write some last words.
-func (c *command) awaitStrays(end *ending) bool {
-	if end.find() {
-		return true
-	}
-	stopped := end.cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED
-	deadline := time.Now().Add(drainWindow)
-	if cause, at := c.order(); stopped || cause != guestv1.StopCause_STOP_CAUSE_UNSPECIFIED && at.Before(deadline) {
-		deadline = at
-	}
-	enough := c.spool.written() + lastWords
-	for pause := 200 * time.Microsecond; time.Now().Before(deadline); pause = min(2*pause, 10*time.Millisecond) {
-		now := time.Now()
-		timer := time.NewTimer(pause)
-		tick := timer.C
-		var room <-chan struct{}
-		if !stopped {
-			if room = c.spool.blocked(enough); room != nil {
-				tick = nil
-			}
-		}
-		select {
-		case <-tick:
-		case <-room:
-			// Who writes was kept waiting by us: that was not its time.
-			deadline = deadline.Add(time.Since(now))
-		case <-c.ordered:
-			stopped = true
-			if _, at := c.order(); at.Before(deadline) {
-				deadline = at
-			}
-		}
-		timer.Stop()
-		if isEmpty(c.tree) {
-			end.empty = true
-			return true
-		}
-	}
-	return false
 }
 
 // drain waits for the end of the pipes; nobody of the tree holds them any more. If

@@ -42,6 +42,7 @@ type identity struct {
 type process struct {
 	identity
 	parent, session int
+	state           byte // as /proc tells it
 	alive           bool
 }
 
@@ -168,6 +169,7 @@ func parseStat(pid int, text []byte) (process, error) {
 	p.start, _ = strconv.ParseUint(fields[19], 10, 64)
 	// A process whose first thread has ended looks like a zombie while others run.
 	threads, _ := strconv.Atoi(fields[17])
+	p.state = fields[0][0]
 	p.alive = fields[0] != "X" && (fields[0] != "Z" || threads > 1)
 	return p, nil
 }

@@ -33,6 +33,8 @@ func TestParseStat(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			want := want
 			want.alive = c.alive
+			_, after, _ := strings.Cut(c.text[strings.LastIndexByte(c.text, ')'):], " ")
+			want.state = after[0]
 			if got, err := parseStat(7, []byte(c.text)); err != nil || got != want {
 				t.Errorf("%+v, %v; want %+v", got, err, want)
 			}
