@@ -51,8 +51,8 @@ func TestAsOrdinaryUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("this is the run as an ordinary user")
 	}
-	dir := filepath.Join(filepath.Dir(os.Getenv(envGuest)), "ordinary")
-	if err := os.Mkdir(dir, 0o700); err != nil {
+	dir, err := os.MkdirTemp(filepath.Dir(os.Getenv(envGuest)), "ordinary-")
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chown(dir, ordinaryUser, ordinaryUser); err != nil {
