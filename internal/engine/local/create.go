@@ -226,11 +226,28 @@ func (e *Engine) startGuest(sb *sandbox, attr *syscall.SysProcAttr) (*net.UnixCo
 		_, _ = syscall.Wait4(pid, nil, 0, nil)
 		return nil, err
 	}
+	if err := unprotect(pid); err != nil {
+		return nil, err
+	}
 	conn, err := net.FileConn(ours)
 	if err != nil {
 		return nil, err
 	}
 	return conn.(*net.UnixConn), nil
+}
+
+// unprotect makes a process that inherited executord's protection from the host's
+// out-of-memory killer as good as any: what sandboxes run must not outlive the host's
+// own programs.
+func unprotect(pid int) error {
+	own, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil || !bytes.HasPrefix(own, []byte("-")) {
+		return err
+	}
+	if err := os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("0"), 0); err != nil {
+		return fmt.Errorf("let the guest be killed for memory: %w", err)
+	}
+	return nil
 }
 
 // addLayers names the layers of each tree: as mounts that shift the ids on disk to

@@ -111,3 +111,27 @@ func TestInheritedDescriptorsAreKept(t *testing.T) {
 		t.Errorf("flags %#x, %v: the guest has the descriptor", flags, err)
 	}
 }
+
+// A service manager may protect executord from the host's out-of-memory killer; what
+// runs in sandboxes does not get that.
+func TestProtectionIsNotInherited(t *testing.T) {
+	needRoot(t)
+	const file = "/proc/self/oom_score_adj"
+	old, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("-500"), 0); err != nil {
+		t.Skipf("cannot protect this process: %v", err)
+	}
+	defer func() {
+		if err := os.WriteFile(file, old, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	sb := sandboxFor(t, newEngine(t), engine.Spec{ID: "mortal"})
+	out, err := runPython(t.Context(), sb, "look", `print(open("/proc/1/oom_score_adj").read().strip(), open("/proc/self/oom_score_adj").read().strip())`)
+	if err != nil || out.stdout != "0 0\n" {
+		t.Errorf("%v, %v, want that neither is protected", out, err)
+	}
+}
