@@ -226,7 +226,7 @@ func (e *Engine) startGuest(sb *sandbox, attr *syscall.SysProcAttr) (*net.UnixCo
 		_, _ = syscall.Wait4(pid, nil, 0, nil)
 		return nil, err
 	}
-	if err := unprotect(pid); err != nil {
+	if err := unprotect(pid, "/proc/self/oom_score_adj"); err != nil {
 		return nil, err
 	}
 	conn, err := net.FileConn(ours)
@@ -236,12 +236,12 @@ func (e *Engine) startGuest(sb *sandbox, attr *syscall.SysProcAttr) (*net.UnixCo
 	return conn.(*net.UnixConn), nil
 }
 
-// unprotect makes a process that inherited executord's protection from the host's
-// out-of-memory killer as good as any: what sandboxes run must not outlive the host's
-// own programs.
-func unprotect(pid int) error {
-	own, err := os.ReadFile("/proc/self/oom_score_adj")
-	if err != nil || !bytes.HasPrefix(own, []byte("-")) {
+// unprotect takes from a process the protection from the host's out-of-memory killer
+// that it inherited if the file, which is executord's, says so: what sandboxes run must
+// not outlive the host's own programs.
+func unprotect(pid int, file string) error {
+	adjusted, err := os.ReadFile(file)
+	if err != nil || !bytes.HasPrefix(adjusted, []byte("-")) {
 		return err
 	}
 	if err := os.WriteFile("/proc/"+strconv.Itoa(pid)+"/oom_score_adj", []byte("0"), 0); err != nil {
