@@ -7,11 +7,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/fault"
@@ -32,7 +34,19 @@ type logs struct {
 	mu     sync.Mutex
 	opened map[string]*logHandle
 	closed bool
+	// spares were made ahead of their need; made numbers them.
+	spares []*eventlog.Log
+	made   int
 }
+
+const (
+	// spareLogs is how many logs are kept ready. Making one costs the file system more
+	// than all else that a start waits for; a few are enough for starts one after
+	// another, and a burst makes its own.
+	spareLogs = 4
+	// spareSuffix is added to the directory of logs for that of the spare ones.
+	spareSuffix = "-spare"
+)
 
 // logHandle is an open log; the last to release it closes it.
 type logHandle struct {
@@ -51,7 +65,14 @@ func (l *logs) path(id string) string { return filepath.Join(l.dir, id) }
 
 // create makes the log of a new execution.
 func (l *logs) create(id string, retained int64) (*logHandle, error) {
-	log, err := eventlog.Create(eventlog.Config{Dir: l.path(id), RetainedBytes: retained})
+	cfg := eventlog.Config{Dir: l.path(id), RetainedBytes: retained}
+	if log := l.takeSpare(); log != nil {
+		if log.Move(cfg) == nil {
+			return l.keep(id, log), nil
+		}
+		_ = log.Close() // whatever is wrong with it, a fresh one tells it or has it not
+	}
+	log, err := eventlog.Create(cfg)
 	if err != nil {
 		if !errors.Is(err, fs.ErrExist) {
 			// What was made of it; if that cannot be removed either, the next start will.
@@ -61,6 +82,52 @@ func (l *logs) create(id string, retained int64) (*logHandle, error) {
 	}
 	return l.keep(id, log), nil
 }
+
+func (l *logs) takeSpare() *eventlog.Log {
+	// On a full disk a spare still has room for its first record, and would let a start
+	// through whose output has none: there a log has to be made.
+	var disk unix.Statfs_t
+	if err := unix.Statfs(l.dir, &disk); err != nil || disk.Bavail == 0 {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.spares) == 0 {
+		return nil
+	}
+	last := len(l.spares) - 1
+	log := l.spares[last]
+	l.spares = l.spares[:last]
+	return log
+}
+
+// stock makes a spare log if there are too few. It is called when nobody waits. What
+// goes wrong here is found out again, and told, when a log is needed.
+func (l *logs) stock() {
+	l.mu.Lock()
+	full := l.closed || len(l.spares) >= spareLogs
+	l.made++
+	dir := filepath.Join(l.dir+spareSuffix, strconv.Itoa(l.made))
+	l.mu.Unlock()
+	if full {
+		return
+	}
+	log, err := eventlog.Create(eventlog.Config{Dir: dir})
+	if err != nil {
+		_ = eventlog.Remove(dir)
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		_ = errors.Join(log.Close(), eventlog.Remove(dir))
+		return
+	}
+	l.spares = append(l.spares, log)
+}
+
+// discardSpares removes those that were not needed, also of executords before this one.
+func (l *logs) discardSpares() error { return os.RemoveAll(l.dir + spareSuffix) }
 
 // open opens a log or shares the one that is open.
 func (l *logs) open(id string) (*logHandle, error) {
@@ -124,6 +191,11 @@ func (l *logs) close() error {
 		delete(l.opened, id)
 		errs = append(errs, h.shut())
 	}
+	for _, log := range l.spares {
+		errs = append(errs, log.Close())
+	}
+	l.spares = nil
+	errs = append(errs, l.discardSpares())
 	return errors.Join(errs...)
 }
 

@@ -86,8 +86,18 @@ func New(cfg Config) (*Service, error) {
 	}
 	idle := make(chan struct{})
 	close(idle)
+	logs := newLogs(cfg.Dir)
+	if err := logs.discardSpares(); err != nil {
+		return nil, fmt.Errorf("remove the spare event logs of an earlier time: %w", err)
+	}
+	if err := os.Mkdir(cfg.Dir+spareSuffix, 0o700); err != nil {
+		return nil, fmt.Errorf("make the directory of spare event logs: %w", err)
+	}
+	for range spareLogs {
+		logs.stock()
+	}
 	return &Service{
-		cfg: cfg, log: cfg.Logger, logs: newLogs(cfg.Dir), guests: newGuests(),
+		cfg: cfg, log: cfg.Logger, logs: logs, guests: newGuests(),
 		runs: make(map[string]*run), idle: idle,
 	}, nil
 }
