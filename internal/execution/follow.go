@@ -107,6 +107,16 @@ func (r *run) read(ctx context.Context) (*guestclient.Output, error) {
 	wait = max(wait, 10*time.Millisecond)
 	ctx, stop := context.WithTimeoutCause(ctx, wait+answerTime, errNoAnswer)
 	defer stop()
+	if early := r.early; early != nil {
+		r.early = nil
+		// Whatever went wrong with it, the same is asked again.
+		if out, err := early.Output(ctx); err == nil {
+			return out, nil
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+	}
 	return r.guest.Read(ctx, r.id, r.log.position(), readBytes, wait)
 }
 

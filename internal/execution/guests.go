@@ -1,6 +1,7 @@
 package execution
 
 import (
+	"context"
 	"sync"
 
 	"github.com/harvest-run/executord/internal/engine"
@@ -18,6 +19,37 @@ type guests struct {
 type guest struct {
 	*guestclient.Client
 	sandbox engine.Sandbox
+
+	mu     sync.Mutex
+	active int          // runs between baseline and spent
+	last   engine.Usage // the most that was counted at the end of one of them
+	stale  bool         // one ended since and nobody counted, or none has ended yet
+}
+
+// baseline is what the commands before have used, for a run that begins. While none of
+// ours runs nothing is used, so that what was found at the last end need not be read again.
+func (g *guest) baseline(ctx context.Context) (engine.Usage, error) {
+	g.mu.Lock()
+	g.active++
+	last, known := g.last, g.active == 1 && !g.stale
+	g.mu.Unlock()
+	if known {
+		return last, nil
+	}
+	return g.sandbox.Usage(ctx)
+}
+
+// spent ends what baseline began, with what was counted in the end; nil: nobody did.
+func (g *guest) spent(used *engine.Usage) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.active--
+	if g.stale = used == nil; g.stale {
+		return
+	}
+	// Two that end together may come in either order; what is counted only grows.
+	g.last.OOMKills = max(g.last.OOMKills, used.OOMKills)
+	g.last.PIDsRefused = max(g.last.PIDsRefused, used.PIDsRefused)
 }
 
 func newGuests() *guests { return &guests{open: make(map[string]*guest)} }
@@ -37,7 +69,7 @@ func (g *guests) of(sb engine.Sandbox) (_ *guest, first bool) {
 			stale = append(stale, old)
 		}
 	}
-	fresh := &guest{Client: guestclient.New(sb), sandbox: sb}
+	fresh := &guest{Client: guestclient.New(sb), sandbox: sb, stale: true}
 	g.open[sb.ID()] = fresh
 	g.mu.Unlock()
 	for _, old := range stale {

@@ -63,7 +63,8 @@ func (r *run) meet(ctx context.Context) {
 	}
 	bounded, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
 	defer cancel()
-	before, err := r.sandbox.Usage(bounded)
+	before, err := r.guest.baseline(bounded)
+	r.counting = true
 	if err != nil {
 		// Rather no evidence than that of somebody else's deeds.
 		before = engine.Usage{OOMKills: math.MaxInt64, PIDsRefused: math.MaxInt64}
@@ -105,7 +106,8 @@ func (r *run) start(ctx context.Context, command Command) *Result {
 			return noInterpreter(command, missing)
 		}
 		err := r.ask(ctx, func(ctx context.Context) error {
-			_, err := r.guest.Start(ctx, request)
+			_, early, err := r.guest.StartRead(ctx, request, readBytes, noteAfter)
+			r.early = early
 			return err
 		})
 		switch kind := guestclient.KindOf(err); {

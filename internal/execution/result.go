@@ -40,6 +40,9 @@ func (r *run) exited(ctx context.Context, exit *guestv1.Exit) *Result {
 	}
 	r.clock(res, exit)
 	used := r.usage(ctx)
+	if res.TreeEmpty {
+		r.spent(r.counted)
+	}
 	if r.session == "" && used.PeakMemoryBytes > 0 {
 		res.Usage.PeakMemoryBytes = used.PeakMemoryBytes
 	}
@@ -96,9 +99,20 @@ func (r *run) usage(ctx context.Context) engine.Usage {
 	if err != nil {
 		return engine.Usage{}
 	}
+	raw := used
+	r.counted = &raw
 	used.OOMKills = max(used.OOMKills-r.before.OOMKills, 0)
 	used.PIDsRefused = max(used.PIDsRefused-r.before.PIDsRefused, 0)
 	return used
+}
+
+// spent tells the guest once that the run uses nothing any more; used is what was counted
+// then, nil if nobody did.
+func (r *run) spent(used *engine.Usage) {
+	if r.counting {
+		r.counting = false
+		r.guest.spent(used)
+	}
 }
 
 // attest adds to the evidence which limits were reached.

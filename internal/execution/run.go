@@ -9,6 +9,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/guestclient"
 )
 
 const (
@@ -53,11 +54,14 @@ type run struct {
 	guest    *guest
 	before   engine.Usage // what others had used in the sandbox before
 	times    Times
-	deadline time.Time // when the guest should have ended it by itself
-	resumed  bool      // another executord began it
-	begun    bool      // the command is known to have been started
-	told     bool      // the guest has confirmed an order to stop
-	noteAt   time.Time // when to tell the store that it runs; zero: not any more
+	deadline time.Time          // when the guest should have ended it by itself
+	counted  *engine.Usage      // what its sandbox had used when it was last looked at
+	counting bool               // the guest has to be told when nothing is used any more
+	resumed  bool               // another executord began it
+	begun    bool               // the command is known to have been started
+	told     bool               // the guest has confirmed an order to stop
+	noteAt   time.Time          // when to tell the store that it runs; zero: not any more
+	early    *guestclient.Early // the first read, if it was sent with the start
 
 	mu        sync.Mutex
 	record    Execution  // without what result tells
@@ -101,8 +105,10 @@ func newRun(s *Service, e Execution, log *logHandle, sandbox engine.Sandbox) (co
 // leave ends what newRun began.
 func (r *run) leave() {
 	r.cancel(ErrClosed)
+	r.spent(nil)
 	r.service.dismiss(r)
 	r.log.release()
+	r.service.logs.stock() // after the end, when nobody waits for this run
 	close(r.left)
 }
 

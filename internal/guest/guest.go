@@ -149,9 +149,16 @@ func (g *Guest) ServePipe(pipe io.ReadWriteCloser) {
 			}
 			continue
 		}
+		// Here and not beside the other requests: one that comes behind a start on the
+		// same pipe finds the command, whichever of them is worked on first.
+		var c *command
+		var fresh bool
+		if start := req.GetStart(); start != nil {
+			c, fresh = g.reserve(start.GetExecution())
+		}
 		handlers.Go(func() {
 			defer func() { <-slots }()
-			if err := g.answer(ctx, req, answers); err != nil {
+			if err := g.answer(ctx, req, c, fresh, answers); err != nil {
 				// The pipe is broken: end its reader too.
 				pipe.Close()
 			}
@@ -175,14 +182,14 @@ func (a *answerer) refuse(id uint64, why error) error {
 	return a.write(&guestv1.Response{Id: id, Answer: &guestv1.Response_Error{Error: errorOf(why)}})
 }
 
-// answer does one request.
-func (g *Guest) answer(ctx context.Context, req *guestv1.Request, out *answerer) error {
+// answer does one request; c and fresh are what reserve gave a start.
+func (g *Guest) answer(ctx context.Context, req *guestv1.Request, c *command, fresh bool, out *answerer) error {
 	resp := &guestv1.Response{Id: req.GetId()}
 	var err error
 	switch call := req.GetCall().(type) {
 	case *guestv1.Request_Start:
 		var answer *guestv1.StartResponse
-		if answer, err = g.start(call.Start); err == nil {
+		if answer, err = g.start(call.Start, c, fresh); err == nil {
 			resp.Answer = &guestv1.Response_Start{Start: answer}
 		}
 	case *guestv1.Request_Read:
@@ -230,31 +237,36 @@ func errorOf(err error) *guestv1.Error {
 	return e
 }
 
-func (g *Guest) start(r *guestv1.StartRequest) (*guestv1.StartResponse, error) {
-	arrived := time.Now()
-	id := r.GetExecution()
-	if !validID(id) {
-		return nil, refuse(guestv1.Error_KIND_INVALID, "execution id %q", id)
-	}
+// reserve returns the command with an id, and whether it is a new one that the caller
+// has to start; whoever asks for it meanwhile waits for that. Nil if there can be none.
+func (g *Guest) reserve(id string) (c *command, fresh bool) {
 	g.mu.Lock()
-	c, repeat := g.commands[id]
-	if !repeat {
-		if len(g.commands) >= maxCommands {
-			g.mu.Unlock()
-			return nil, refuse(guestv1.Error_KIND_EXHAUSTED, "%d commands are held already", maxCommands)
-		}
-		c = newCommand(id)
-		g.commands[id] = c
+	defer g.mu.Unlock()
+	if c, held := g.commands[id]; held {
+		return c, false
 	}
-	g.mu.Unlock()
-	if repeat {
+	if len(g.commands) >= maxCommands || !validID(id) {
+		return nil, false
+	}
+	c = newCommand(id)
+	g.commands[id] = c
+	return c, true
+}
+
+// start starts what was reserved, or joins the command that has the id already.
+func (g *Guest) start(r *guestv1.StartRequest, c *command, fresh bool) (*guestv1.StartResponse, error) {
+	switch {
+	case c == nil && !validID(r.GetExecution()):
+		return nil, refuse(guestv1.Error_KIND_INVALID, "execution id %q", r.GetExecution())
+	case c == nil:
+		return nil, refuse(guestv1.Error_KIND_EXHAUSTED, "%d commands are held already", maxCommands)
+	case !fresh:
 		<-c.started
-	} else {
-		c.failed = c.start(g, r, arrived)
-		if c.failed != nil {
+	default:
+		if c.failed = c.start(g, r, time.Now()); c.failed != nil {
 			// Not held: a later start with this id is a new try.
 			g.mu.Lock()
-			delete(g.commands, id)
+			delete(g.commands, c.id)
 			g.mu.Unlock()
 		} else {
 			g.running.Go(func() { c.run(g.stock, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetGraceMs())) })

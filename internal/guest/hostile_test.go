@@ -206,7 +206,8 @@ func TestTooManyCommands(t *testing.T) {
 		id := string(binary.BigEndian.AppendUint32(nil, uint32(len(g.commands)))) + strings.Repeat("x", 59)
 		g.commands[id] = newCommand(id)
 	}
-	if _, err := g.start(&guestv1.StartRequest{Execution: "one-more", Args: []string{"/bin/true"}, WorkingDirectory: "/"}); kindOf(err) != guestv1.Error_KIND_EXHAUSTED {
+	c, fresh := g.reserve("one-more")
+	if _, err := g.start(&guestv1.StartRequest{Execution: "one-more", Args: []string{"/bin/true"}, WorkingDirectory: "/"}, c, fresh); kindOf(err) != guestv1.Error_KIND_EXHAUSTED {
 		t.Errorf("one more: %v", err)
 	}
 	if size := proto.Size(g.info()); size > wire.MaxAnswer {

@@ -193,13 +193,21 @@ func (c *Client) Read(ctx context.Context, execution string, position int64, max
 		return nil, fmt.Errorf("read %d bytes at %d: out of range", maxBytes, position)
 	}
 	wait = min(wait, maxWait)
-	r := &guestv1.ReadRequest{
-		Execution: execution, Position: uint64(position), MaxBytes: uint32(maxBytes), WaitMs: uint32(milliseconds(wait)),
-	}
-	a, err := c.call(ctx, &guestv1.Request{Call: &guestv1.Request_Read{Read: r}}, max(wait, 0))
+	a, err := c.call(ctx, readRequest(execution, position, maxBytes, wait), max(wait, 0))
 	if err != nil {
 		return nil, err
 	}
+	return checkedOutput(a, maxBytes)
+}
+
+func readRequest(execution string, position int64, maxBytes int, wait time.Duration) *guestv1.Request {
+	return &guestv1.Request{Call: &guestv1.Request_Read{Read: &guestv1.ReadRequest{
+		Execution: execution, Position: uint64(position), MaxBytes: uint32(maxBytes), WaitMs: uint32(milliseconds(wait)),
+	}}}
+}
+
+// checkedOutput takes over an answer to a read.
+func checkedOutput(a answer, maxBytes int) (*Output, error) {
 	out, err := outputOf(a, maxBytes)
 	if err != nil {
 		a.release()

@@ -74,11 +74,20 @@ func (p *pipe) lose(cause error) {
 
 // ask sends a request and waits for its answer.
 func (p *pipe) ask(ctx context.Context, r *guestv1.Request) (answer, error) {
+	c, err := p.post(ctx, r)
+	if err != nil {
+		return answer{}, err
+	}
+	return p.await(ctx, r.GetId(), c)
+}
+
+// post sends a request; its answer comes on the channel.
+func (p *pipe) post(ctx context.Context, r *guestv1.Request) (<-chan answer, error) {
 	c := make(chan answer, 1)
 	p.mu.Lock()
 	if p.lost != nil {
 		defer p.mu.Unlock()
-		return answer{}, p.lost
+		return nil, p.lost
 	}
 	p.next++
 	r.Id = p.next
@@ -86,15 +95,20 @@ func (p *pipe) ask(ctx context.Context, r *guestv1.Request) (answer, error) {
 	p.mu.Unlock()
 	if err := p.send(ctx, r); err != nil {
 		p.leave(r.Id, false)
-		return answer{}, err
+		return nil, err
 	}
+	return c, nil
+}
+
+// await waits for the answer of a request that was posted.
+func (p *pipe) await(ctx context.Context, id uint64, c <-chan answer) (answer, error) {
 	select {
 	case a := <-c:
 		return a, nil
 	case <-p.gone:
 	case <-ctx.Done():
 	}
-	p.leave(r.Id, true)
+	p.leave(id, true)
 	select {
 	case a := <-c: // it came at the last moment
 		return a, nil
