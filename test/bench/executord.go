@@ -26,12 +26,14 @@ type daemon struct {
 	client  *client.Client
 }
 
+// address is where the daemon listens.
+const address = "127.0.0.1:17070"
+
 func startDaemon(ctx context.Context, binaries string) (*daemon, error) {
 	dir, err := os.MkdirTemp("", "executord-bench-")
 	if err != nil {
 		return nil, err
 	}
-	const address = "127.0.0.1:17070"
 	cmd := exec.Command(filepath.Join(binaries, "executord"), "serve", "--listen", address, "--state-dir", filepath.Join(dir, "state"), "--on-stop", "terminate", "--drain-timeout", "1s", "--log-level", "warn")
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
@@ -129,8 +131,8 @@ func measureExec(ctx context.Context, d *daemon, o options) error {
 	if err != nil {
 		return err
 	}
-	compare("exec in a live sandbox to the first byte", samples[0], "crun exec", samples[1], "≤ 0.40")
-	compare("the same", samples[0], "os/exec without any isolation", samples[2], "")
+	o.results.compare("exec in a live sandbox to the first byte", samples[0], "crun exec", samples[1], "≤ 0.35")
+	o.results.compare("the same", samples[0], "os/exec without any isolation", samples[2], "")
 	return errors.Join(crun.ask("end", nil), d.terminate(ctx, session))
 }
 
@@ -151,8 +153,8 @@ func measureOneShot(ctx context.Context, d *daemon, o options) error {
 	if err != nil {
 		return err
 	}
-	compare("one-shot in a fresh sandbox to the first byte", samples[0], "crun run (overlay, control groups)", samples[1], "≤ 1.20")
-	compare("one-shot to the durable result", whole, "crun run to its first byte", samples[1], "")
+	o.results.compare("one-shot in a fresh sandbox to the first byte", samples[0], "crun run (overlay, control groups)", samples[1], "≤ 1.00")
+	o.results.compare("one-shot to the durable result", whole, "crun run to its first byte", samples[1], "")
 	return nil
 }
 
@@ -167,8 +169,7 @@ func measureStream(ctx context.Context, d *daemon, o options) error {
 		return err
 	}
 	rate := func(s sample) float64 { return float64(o.bytes) / s.quantile(.5).Seconds() / 1e6 }
-	fmt.Printf("| stream of %d MB through the log | %.0f MB/s | | bare grpc-go from a pipe, same chunks | %.0f MB/s | | %.2f of its rate | ≥ 0.60 |\n",
-		o.bytes/1e6, rate(samples[0]), rate(samples[1]), rate(samples[0])/rate(samples[1]))
+	o.results.rates(fmt.Sprintf("stream of %d MB through the log", o.bytes/1e6), "MB/s", rate(samples[0]), "bare grpc-go from a pipe, same chunks", rate(samples[1]), "≥ 0.75")
 	return nil
 }
 
@@ -223,7 +224,7 @@ func measureIdle(ctx context.Context, d *daemon, o options) error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("| idle sandbox, all in (%d of them, host's MemAvailable) | %.2f MiB | | | | | | ≤ 3 MiB |\n", o.idle, float64(before-after)/float64(o.idle)/(1<<20))
+	o.results.number(fmt.Sprintf("idle sandbox, all in (%d of them, host's MemAvailable)", o.idle), "MiB", float64(before-after)/float64(o.idle)/(1<<20), 0, "≤ 3 MiB")
 	for _, s := range sessions {
 		if err := d.terminate(ctx, s); err != nil {
 			return err

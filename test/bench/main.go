@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,9 +34,11 @@ func main() {
 
 // options of a run.
 type options struct {
-	n     int
-	bytes int64
-	idle  int
+	n       int
+	bytes   int64
+	idle    int
+	many    int
+	results *results
 }
 
 func run() error {
@@ -45,6 +46,8 @@ func run() error {
 	flag.IntVar(&o.n, "n", 200, "turns of each comparison of latency")
 	flag.Int64Var(&o.bytes, "bytes", 2_000_000_000, "bytes of each stream")
 	flag.IntVar(&o.idle, "idle", 200, "idle sandboxes to weigh")
+	flag.IntVar(&o.many, "many", 2000, "idle sandboxes beside which a command is executed")
+	keep := flag.String("json", "", "file to keep the results in, for `bench plot`")
 	only := flag.String("only", "", "run only the measurements whose name contains this")
 	binaries := flag.String("bin", "bin", "directory of executord")
 	flag.Parse()
@@ -61,13 +64,15 @@ func run() error {
 		return err
 	}
 	defer d.stop()
-	fmt.Println("| measurement | executord p50 | p99 | beside it | p50 | p99 | ratio of p50 | target |")
-	fmt.Println("|---|---|---|---|---|---|---|---|")
+	o.results = &results{}
+	o.results.head()
 	for _, m := range []struct {
 		name    string
 		measure func(context.Context, *daemon, options) error
 	}{
-		{"exec", measureExec}, {"oneshot", measureOneShot}, {"stream", measureStream}, {"idle", measureIdle},
+		{"exec", measureExec}, {"oneshot", measureOneShot}, {"rate", measureRate}, {"kill", measureKill},
+		{"stream", measureStream}, {"fanout", measureFanOut}, {"stuck", measureStuck}, {"watches", measureWatches},
+		{"idle", measureIdle}, {"many", measureMany},
 	} {
 		if strings.Contains(m.name, *only) {
 			if err := m.measure(ctx, d, o); err != nil {
@@ -75,24 +80,11 @@ func run() error {
 			}
 		}
 	}
-	return nil
+	if *keep == "" {
+		return nil
+	}
+	return o.results.write(*keep)
 }
-
-// sample is one side of a comparison.
-type sample []time.Duration
-
-func (s sample) quantile(q float64) time.Duration {
-	sorted := slices.Sorted(slices.Values(s))
-	return sorted[min(int(q*float64(len(sorted))), len(sorted)-1)]
-}
-
-// compare prints a row.
-func compare(name string, ours sample, other string, theirs sample, target string) {
-	fmt.Printf("| %s | %s | %s | %s | %s | %s | %.2f | %s |\n", name, ms(ours.quantile(.5)), ms(ours.quantile(.99)),
-		other, ms(theirs.quantile(.5)), ms(theirs.quantile(.99)), float64(ours.quantile(.5))/float64(theirs.quantile(.5)), target)
-}
-
-func ms(d time.Duration) string { return fmt.Sprintf("%.2f ms", float64(d.Microseconds())/1000) }
 
 // block is how often one side is measured before it is the other's turn: often enough
 // that the caches are its own, as they are when it is used, and seldom enough that

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -24,7 +25,7 @@ import (
 
 // roles are what this program is when it starts itself as a helper process.
 func roles() map[string]func(args []string) error {
-	return map[string]func([]string) error{"crun-worker": crunWorker, "bare-server": bareServer}
+	return map[string]func([]string) error{"crun-worker": crunWorker, "bare-server": bareServer, "plot": plot}
 }
 
 // worker is a helper process that measures on request.
@@ -119,7 +120,7 @@ func crunWorker([]string) error {
 
 type crunBench struct {
 	dir  string
-	n    int
+	n    atomic.Int64
 	live string // id of the container for exec
 }
 
@@ -192,15 +193,20 @@ func (c *crunBench) crun(args ...string) *exec.Cmd {
 func (c *crunBench) do(what string) (time.Duration, error) {
 	switch what {
 	case "run":
-		c.n++
-		id := "run" + strconv.Itoa(c.n)
-		begun := time.Now() // a fresh sandbox: the overlay is part of it, as in executord
-		b, err := c.bundle(id, "/bin/echo", "hi")
-		if err != nil {
-			return 0, err
-		}
-		took, err := firstByteOf(c.crun("run", "--bundle", b, id), begun)
-		return took, errors.Join(err, c.unbundle(b))
+		return c.run()
+	case "many":
+		begun := time.Now()
+		err := together(inFlight, func(int) error {
+			for range rateTurns {
+				if _, err := c.run(); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		return time.Since(begun), err
+	case "kill":
+		return c.kill()
 	case "start":
 		c.live = "live"
 		b, err := c.bundle(c.live, "/bin/sleep", "100000")
@@ -219,6 +225,41 @@ func (c *crunBench) do(what string) (time.Duration, error) {
 		return 0, c.unbundle(filepath.Join(c.dir, c.live))
 	}
 	return 0, errors.New("unknown order")
+}
+
+// run makes a fresh sandbox, of which the overlay is a part as in executord, and ends it.
+func (c *crunBench) run() (time.Duration, error) {
+	id := "run" + strconv.FormatInt(c.n.Add(1), 10)
+	begun := time.Now()
+	b, err := c.bundle(id, "/bin/echo", "hi")
+	if err != nil {
+		return 0, err
+	}
+	took, err := firstByteOf(c.crun("run", "--bundle", b, id), begun)
+	return took, errors.Join(err, c.unbundle(b))
+}
+
+// kill fills a container with processes and tells how long its end takes.
+func (c *crunBench) kill() (time.Duration, error) {
+	id := "kill" + strconv.FormatInt(c.n.Add(1), 10)
+	b, err := c.bundle(id, "/bin/sh", "-c", crowd(100))
+	if err != nil {
+		return 0, err
+	}
+	cmd := c.crun("run", "--bundle", b, id)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return 0, err
+	}
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	_, err = io.ReadFull(out, make([]byte, 1))
+	begun := time.Now()
+	err = errors.Join(err, c.crun("kill", id, "KILL").Run())
+	_ = cmd.Wait() // it removes the container, and tells that it was killed
+	err = errors.Join(err, c.unbundle(b))
+	return time.Since(begun), err
 }
 
 // firstByteOf runs a command to its end and returns the time to its first byte.
