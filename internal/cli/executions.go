@@ -147,23 +147,40 @@ func (a *app) executionsGet() *cobra.Command {
 
 func (a *app) executionsWatch() *cobra.Command {
 	after := value[*executorv1.Cursor]{kind: "epoch/sequence", parse: parseCursor}
+	longest := value[time.Duration]{kind: "duration", parse: parseDuration}
+	var again bool
+	var speed float64
 	cmd := formats(&cobra.Command{
 		Use:   "watch NAME",
 		Short: "Follow an execution to its end, or tell one that has ended",
 		Long: `Follow an execution to its end, or tell one that has ended: what it wrote comes out
 as with run, and its exit code is that of executorctl. Ctrl-C leaves; the execution
-goes on.`,
+goes on. With --replay it is told at the pace at which it happened; -o asciicast makes a
+recording for asciinema and its players.`,
 		Args: exactly("NAME"),
-	}, "raw", "jsonl")
+	}, "raw", "jsonl", "asciicast")
 	cmd.Flags().Var(&after, "after", "begin behind this cursor of an event")
+	cmd.Flags().BoolVar(&again, "replay", false, "tell what has been at the pace at which it happened")
+	cmd.Flags().Float64Var(&speed, "speed", 1, "how many times faster --replay goes, 0.01 to 1000")
+	cmd.Flags().Var(&longest, "max-pause", "the longest pause of --replay (default as long as it was)")
 	cmd.RunE = ownFailures(a.onExecution(func(ctx context.Context, c *client.Client, name string) error {
+		var pace *replay
+		switch {
+		case !(speed >= 0.01 && speed <= 1000): // NaN is neither
+			return usagef("--speed %v: must be 0.01 to 1000", speed)
+		case again:
+			pace = &replay{speed: speed, longest: longest.v}
+		case cmd.Flags().Changed("speed") || longest.given:
+			return usagef("--speed and --max-pause are of use with --replay only")
+		}
 		// A stream waits for a server that is away. Asking first tells at once when
 		// there is none, or no such execution.
 		answer, err := c.Executor().GetExecution(ctx, &executorv1.GetExecutionRequest{Name: name})
 		if err != nil {
 			return fmt.Errorf("watch %s: %w", name, err)
 		}
-		f := follower{app: a, client: c, timeout: answer.GetExecution().GetCommand().GetTimeout().AsDuration()}
+		command := answer.GetExecution().GetCommand()
+		f := follower{app: a, client: c, timeout: command.GetTimeout().AsDuration(), pace: pace, title: commandLine(command)}
 		return f.follow(ctx, func(ctx context.Context) (*client.Stream, error) { return c.Watch(ctx, name, after.v) })
 	}))
 	return cmd

@@ -27,6 +27,10 @@ type follower struct {
 	cancels bool
 	// timeout is what the execution was given, 0 if that is not known.
 	timeout time.Duration
+	// pace holds events back; nil does not.
+	pace *replay
+	// title is what a recording is called.
+	title string
 }
 
 // sink takes the events of an execution.
@@ -98,6 +102,11 @@ func (f *follower) pump(ctx context.Context, s *client.Stream) error {
 		}
 		if err != nil {
 			return err
+		}
+		if f.pace != nil {
+			if err := f.pace.await(ctx, e); err != nil {
+				return err
+			}
 		}
 		if g := e.GetGap(); g != nil {
 			f.tellGap(g)
@@ -175,6 +184,8 @@ func (f *follower) sink() sink {
 		return &collector{follower: f}
 	case "jsonl":
 		return &lines{follower: f}
+	case "asciicast":
+		return &cast{follower: f}
 	default:
 		return &copier{follower: f}
 	}
