@@ -68,6 +68,7 @@ func (s *executorService) StartExecution(ctx context.Context, req *executorv1.St
 	if err != nil {
 		return nil, err
 	}
+	request.Command.Trace = traceparent(ctx)
 	e, err := s.executions.Start(ctx, request)
 	if err != nil {
 		return nil, err

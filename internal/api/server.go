@@ -22,6 +22,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/stats"
 )
 
 // What a Server does that the Config does not change.
@@ -51,6 +52,8 @@ type Config struct {
 	// SlowConsumerAfter is how long one message of a stream may wait until its
 	// client takes something, before the stream is ended; 0 is 60 s.
 	SlowConsumerAfter time.Duration
+	// Stats observes every RPC; nil if nobody wants to know.
+	Stats stats.Handler
 }
 
 // Server serves the API on any number of listeners.
@@ -81,8 +84,12 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	drain := &drain{follow: func(f func()) func() bool { return context.AfterFunc(shutdown, f) }}
 	onPanic := recovery.WithRecoveryHandlerContext(statuses.recovered)
 
+	var observed []grpc.ServerOption
+	if cfg.Stats != nil {
+		observed = append(observed, grpc.StatsHandler(cfg.Stats))
+	}
 	// Outermost first.
-	server := grpc.NewServer(
+	server := grpc.NewServer(append(observed,
 		grpc.ChainUnaryInterceptor(
 			// Sees the final status, also that of a panic: must be first.
 			access.unary,
@@ -110,7 +117,7 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
-	)
+	)...)
 	s := &Server{
 		grpc: server, health: health.NewServer(),
 		senders: &senders{patience: cfg.SlowConsumerAfter, statuses: statuses},

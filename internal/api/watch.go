@@ -32,6 +32,7 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 	if err != nil {
 		return err
 	}
+	request.Command.Trace = traceparent(stream.Context())
 	e, err := s.executions.Start(stream.Context(), request)
 	if err != nil {
 		return err

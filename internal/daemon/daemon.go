@@ -23,7 +23,12 @@ import (
 	"github.com/harvest-run/executord/internal/guestbinary"
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
+	"github.com/harvest-run/executord/internal/telemetry"
+	"github.com/harvest-run/executord/internal/version"
 )
+
+// telemetryTime bounds the sending of the last traces and metrics at a stop.
+const telemetryTime = 5 * time.Second
 
 // Config is what a Daemon is made of.
 type Config struct {
@@ -106,7 +111,16 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	}
 	d.opened.add("engine", d.engine.Close)
 
-	sessionService, executionService, err := c.openServices(ctx, d, st)
+	measured, err := telemetry.New(ctx, telemetry.Config{Version: version.String()})
+	if err != nil {
+		return nil, err
+	}
+	d.opened.add("telemetry", func() error {
+		last, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), telemetryTime, errors.New("nobody takes the telemetry"))
+		defer cancel()
+		return measured.Close(last)
+	})
+	sessionService, executionService, err := c.openServices(ctx, d, st, measured)
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +137,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
 	server, err := api.NewServer(shutdown, api.Config{
 		Executions: watchable{executionService}, Sessions: sessionService, Info: d.info,
-		Logger: c.Logger, PageTokenKey: key, Reflection: c.Settings.GetReflection(),
+		Logger: c.Logger, PageTokenKey: key, Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make the server: %w", err)
@@ -139,7 +153,11 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 }
 
 // openServices makes the services and lets them recover.
-func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store) (*session.Service, *execution.Service, error) {
+func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, measured *telemetry.Telemetry) (*session.Service, *execution.Service, error) {
+	observer, err := measured.NewExecutions()
+	if err != nil {
+		return nil, nil, err
+	}
 	sessionService, err := session.New(session.Config{Engine: d.engine, Store: st, Logger: c.Logger})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the session service: %w", err)
@@ -150,10 +168,14 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store) (*
 		Dir:                  filepath.Join(c.Settings.GetStateDir(), "executions"),
 		DefaultRetainedBytes: output.GetDefaultRetainedBytes(),
 		MaxRetainedBytes:     output.GetMaxRetainedBytes(),
+		Observer:             observer,
 		Logger:               c.Logger,
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the execution service: %w", err)
+	}
+	if err := measured.Gauge(executionService, sessionService); err != nil {
+		return nil, nil, err
 	}
 	sessionService.SetExecutions(executionService)
 	// Closed in the opposite order: a session that ends asks for its executions' end.

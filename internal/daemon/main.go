@@ -17,6 +17,7 @@ import (
 	"github.com/harvest-run/executord/internal/config"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/lifecycle"
+	"github.com/harvest-run/executord/internal/telemetry"
 	"github.com/harvest-run/executord/internal/version"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -174,7 +175,7 @@ func newLogger(w io.Writer, settings *configv1.Log) *slog.Logger {
 		configv1.Log_LEVEL_WARN:  slog.LevelWarn,
 		configv1.Log_LEVEL_ERROR: slog.LevelError,
 	}
-	options := &slog.HandlerOptions{Level: levels[settings.GetLevel()]}
+	options := &slog.HandlerOptions{Level: levels[settings.GetLevel()], ReplaceAttr: telemetry.NewRedactor().Attr}
 	if settings.GetFormat() == configv1.Log_FORMAT_JSON {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}

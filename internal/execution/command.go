@@ -185,6 +185,9 @@ func (c Command) environment(id string) []string {
 		// working directory, as with `python3 -c`.
 		env["PYTHONPATH"] = c.WorkingDirectory
 	}
+	if c.Trace != "" {
+		env["TRACEPARENT"] = c.Trace
+	}
 	maps.Copy(env, c.Env)
 	// Last, and not to be overruled: where there are no control groups the guest knows
 	// the command's processes by it.

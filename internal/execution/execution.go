@@ -70,6 +70,15 @@ type Command struct {
 	Timeout time.Duration `json:"timeout,omitempty"`
 	// GracePeriod lies between TERM and KILL; nil stands for DefaultGracePeriod.
 	GracePeriod *time.Duration `json:"grace_period,omitempty"`
+	// Trace is the caller's trace context, a W3C traceparent, handed on to the program as
+	// TRACEPARENT; "" if there is none. It is not stored.
+	Trace string `json:"-"`
+}
+
+// Observer is told of executions. It must not wait for anything.
+type Observer interface {
+	// Ended is called once for each execution when its end is recorded.
+	Ended(e Execution)
 }
 
 // Language of a piece of code.

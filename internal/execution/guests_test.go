@@ -2,6 +2,9 @@ package execution
 
 import (
 	"context"
+	"encoding/json"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/harvest-run/executord/internal/engine"
@@ -86,5 +89,27 @@ func TestSpareLogs(t *testing.T) {
 	defer again.Close()
 	if n := len(again.logs.spares); n != spareLogs {
 		t.Errorf("%d spares after a restart", n)
+	}
+}
+
+// The program is told the caller's trace, unless the caller said otherwise.
+func TestTraceIsHandedOn(t *testing.T) {
+	c := Command{Args: []string{"x"}, Trace: "00-0102030405060708090a0b0c0d0e0f10-0102030405060708-01"}
+	if env := c.environment("id"); !slices.Contains(env, "TRACEPARENT="+c.Trace) {
+		t.Errorf("%q", env)
+	}
+	c.Env = map[string]string{"TRACEPARENT": "mine"}
+	if env := c.environment("id"); !slices.Contains(env, "TRACEPARENT=mine") {
+		t.Errorf("%q", env)
+	}
+	c = Command{Args: []string{"x"}}
+	for _, variable := range c.environment("id") {
+		if strings.HasPrefix(variable, "TRACEPARENT") {
+			t.Errorf("%q without a trace", variable)
+		}
+	}
+	stored, err := json.Marshal(Command{Trace: "00-01"}.Stored())
+	if err != nil || strings.Contains(string(stored), "00-01") {
+		t.Errorf("%s, %v", stored, err)
 	}
 }

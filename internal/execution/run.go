@@ -269,6 +269,9 @@ func (r *run) settle(ctx context.Context) {
 	if err == nil || errors.Is(err, errFinal) {
 		r.service.dismiss(r)
 		close(r.done)
+		if observer := r.service.cfg.Observer; observer != nil {
+			observer.Ended(final)
+		}
 	}
 }
 

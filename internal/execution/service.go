@@ -36,7 +36,9 @@ type Config struct {
 	// MaxRetainedBytes what it may ask for.
 	DefaultRetainedBytes int64
 	MaxRetainedBytes     int64
-	Logger               *slog.Logger
+	// Observer is told of executions; nil if nobody wants to know.
+	Observer Observer
+	Logger   *slog.Logger
 }
 
 // Service runs executions.
