@@ -317,19 +317,24 @@ func (r *run) letGo(ctx context.Context) {
 }
 
 // reopen finds a sandbox that the run does not have: its making was cut off, or the
-// run has nothing to do but to let go of it. false if there is none.
+// run has nothing to do but to let go of it. false if there is none. An engine that is
+// short of something, such as descriptors, is asked again for a while.
 func (r *run) reopen(ctx context.Context) bool {
 	bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), sandboxTime, fmt.Errorf("not found within %v", sandboxTime))
 	defer cancel()
-	sandbox, err := r.service.cfg.Engine.Open(bounded, r.record.Sandbox)
-	if err != nil {
-		if fault.KindOf(err) != fault.NotFound {
+	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
+		sandbox, err := r.service.cfg.Engine.Open(bounded, r.record.Sandbox)
+		switch {
+		case err == nil:
+			r.sandbox = sandbox
+			return true
+		case fault.KindOf(err) == fault.NotFound:
+			return false
+		case bounded.Err() != nil || !pause(ctx, wait):
 			r.service.log.ErrorContext(ctx, "a sandbox may be left until the next start", "sandbox", r.record.Sandbox, "error", err)
+			return false
 		}
-		return false
 	}
-	r.sandbox = sandbox
-	return true
 }
 
 // terminate ends the sandbox, trying for a while: nothing may be left of it.
