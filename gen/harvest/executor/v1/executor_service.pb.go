@@ -13,6 +13,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	fieldmaskpb "google.golang.org/protobuf/types/known/fieldmaskpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -43,8 +44,17 @@ type ExecuteRequest struct {
 	Labels map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// How long the stream may be silent before a heartbeat; default 15 s, 1 s to 300 s.
 	HeartbeatInterval *durationpb.Duration `protobuf:"bytes,6,opt,name=heartbeat_interval,json=heartbeatInterval,proto3" json:"heartbeat_interval,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Makes the call safe to repeat: 1 to 64 characters of A-Z a-z 0-9 . _ -, a UUID
+	// is advised; empty for none. It is remembered for 24 h, also over a crash, together
+	// with what the call made. A repeat with the same parameters joins: it starts
+	// nothing and streams the same execution from its first event, whatever became of
+	// that, START_FAILED included (which is what remains when executord died before the
+	// command was started); NOT_FOUND if it has been deleted. heartbeat_interval may
+	// differ. With other parameters or of another method: ALREADY_EXISTS, reason
+	// REQUEST_ID_REUSED. What was refused is not remembered.
+	RequestId     string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecuteRequest) Reset() {
@@ -119,6 +129,13 @@ func (x *ExecuteRequest) GetHeartbeatInterval() *durationpb.Duration {
 	return nil
 }
 
+func (x *ExecuteRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
 // ExecuteResponse is one event.
 type ExecuteResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -177,7 +194,9 @@ type StartExecutionRequest struct {
 	// How much output to keep.
 	OutputPolicy *OutputPolicy `protobuf:"bytes,4,opt,name=output_policy,json=outputPolicy,proto3" json:"output_policy,omitempty"`
 	// As in ExecuteRequest.
-	Labels        map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// As in ExecuteRequest; a repeat is answered with the same execution as it is now.
+	RequestId     string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -245,6 +264,13 @@ func (x *StartExecutionRequest) GetLabels() map[string]string {
 		return x.Labels
 	}
 	return nil
+}
+
+func (x *StartExecutionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
 }
 
 // StartExecutionResponse answers a start.
@@ -639,7 +665,11 @@ func (x *WaitExecutionResponse) GetExecution() *Execution {
 type GetExecutionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Resource name of the execution; required.
-	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The fields of the execution to answer with: its fields, such as state, and those
+	// one level below, such as result.reason. Absent or "*" for all. INVALID_ARGUMENT for
+	// a path that there is not.
+	ReadMask      *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=read_mask,json=readMask,proto3" json:"read_mask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -679,6 +709,13 @@ func (x *GetExecutionRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *GetExecutionRequest) GetReadMask() *fieldmaskpb.FieldMask {
+	if x != nil {
+		return x.ReadMask
+	}
+	return nil
 }
 
 // GetExecutionResponse answers a read.
@@ -736,7 +773,25 @@ type ListExecutionsRequest struct {
 	// The most to answer with; default 50; more than 500 is taken as 500.
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// next_page_token of the page before; empty for the first.
-	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Which ones: comparisons joined by AND, at most 2,048 bytes, such as
+	//
+	//	state = RUNNING AND labels.user = "ada" AND create_time > "2026-11-25T00:00:00Z"
+	//
+	// state and reason: = and !=, with a name of their enums with or without its prefix.
+	// labels.NAME: = and !=. create_time and end_time: = != < <= > >=, with an RFC 3339
+	// time in quotes. An execution that lacks what is compared, such as that label, only
+	// matches !=. Words need no quotes; in quotes, " or ', a backslash keeps the next
+	// character. OR, NOT and parentheses are not supported. INVALID_ARGUMENT names the
+	// place. An execution is compared in the state that it is shown in.
+	Filter string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
+	// "create_time desc", the default: the newest first; or "create_time" or
+	// "create_time asc": the oldest first. Those of one millisecond are ordered by name.
+	OrderBy string `protobuf:"bytes,5,opt,name=order_by,json=orderBy,proto3" json:"order_by,omitempty"`
+	// The fields of the execution to answer with: its fields, such as state, and those
+	// one level below, such as result.reason. Absent or "*" for all. INVALID_ARGUMENT for
+	// a path that there is not.
+	ReadMask      *fieldmaskpb.FieldMask `protobuf:"bytes,6,opt,name=read_mask,json=readMask,proto3" json:"read_mask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -790,6 +845,27 @@ func (x *ListExecutionsRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListExecutionsRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *ListExecutionsRequest) GetOrderBy() string {
+	if x != nil {
+		return x.OrderBy
+	}
+	return ""
+}
+
+func (x *ListExecutionsRequest) GetReadMask() *fieldmaskpb.FieldMask {
+	if x != nil {
+		return x.ReadMask
+	}
+	return nil
 }
 
 // ListExecutionsResponse is a page.
@@ -857,7 +933,10 @@ type CancelExecutionRequest struct {
 	GracePeriod *durationpb.Duration `protobuf:"bytes,2,opt,name=grace_period,json=gracePeriod,proto3" json:"grace_period,omitempty"`
 	// Who asks and why, for the result's cancelled_by; at most 256 bytes. The caller's
 	// address is added to it.
-	Requester     string `protobuf:"bytes,3,opt,name=requester,proto3" json:"requester,omitempty"`
+	Requester string `protobuf:"bytes,3,opt,name=requester,proto3" json:"requester,omitempty"`
+	// Makes the call safe to tell from another, as in ExecuteRequest; a repeat waits for
+	// the same end and is answered as the first.
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -913,6 +992,13 @@ func (x *CancelExecutionRequest) GetRequester() string {
 	return ""
 }
 
+func (x *CancelExecutionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
 // CancelExecutionResponse answers a cancel.
 type CancelExecutionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -963,7 +1049,10 @@ func (x *CancelExecutionResponse) GetExecution() *Execution {
 type DeleteExecutionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Resource name of the execution; required.
-	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Makes the call safe to repeat, as in ExecuteRequest: a repeat finds the execution
+	// deleted and is answered as the first.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1001,6 +1090,13 @@ func (*DeleteExecutionRequest) Descriptor() ([]byte, []int) {
 func (x *DeleteExecutionRequest) GetName() string {
 	if x != nil {
 		return x.Name
+	}
+	return ""
+}
+
+func (x *DeleteExecutionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
 	}
 	return ""
 }
@@ -1046,7 +1142,7 @@ var File_harvest_executor_v1_executor_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
-	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\"\x80\x05\n" +
+	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\"\xbe\x05\n" +
 	"\x0eExecuteRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1054,19 +1150,23 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\x06limits\x18\x03 \x01(\v2\x1b.harvest.executor.v1.LimitsR\x06limits\x12F\n" +
 	"\routput_policy\x18\x04 \x01(\v2!.harvest.executor.v1.OutputPolicyR\foutputPolicy\x12\x8b\x01\n" +
 	"\x06labels\x18\x05 \x03(\v2/.harvest.executor.v1.ExecuteRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x12Y\n" +
-	"\x12heartbeat_interval\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x03\b\xac\x022\x02\b\x01R\x11heartbeatInterval\x1a9\n" +
+	"\x12heartbeat_interval\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x03\b\xac\x022\x02\b\x01R\x11heartbeatInterval\x12<\n" +
+	"\n" +
+	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
 	"\x0fExecuteResponse\x120\n" +
-	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xb3\x04\n" +
+	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xf1\x04\n" +
 	"\x15StartExecutionRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
 	"\acommand\x18\x02 \x01(\v2\x1c.harvest.executor.v1.CommandB\x06\xbaH\x03\xc8\x01\x01R\acommand\x123\n" +
 	"\x06limits\x18\x03 \x01(\v2\x1b.harvest.executor.v1.LimitsR\x06limits\x12F\n" +
 	"\routput_policy\x18\x04 \x01(\v2!.harvest.executor.v1.OutputPolicyR\foutputPolicy\x12\x92\x01\n" +
-	"\x06labels\x18\x05 \x03(\v26.harvest.executor.v1.StartExecutionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x1a9\n" +
+	"\x06labels\x18\x05 \x03(\v26.harvest.executor.v1.StartExecutionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x12<\n" +
+	"\n" +
+	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
@@ -1092,31 +1192,39 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
 	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\atimeout\"U\n" +
 	"\x15WaitExecutionResponse\x12<\n" +
-	"\texecution\x18\x01 \x01(\v2\x1e.harvest.executor.v1.ExecutionR\texecution\"j\n" +
+	"\texecution\x18\x01 \x01(\v2\x1e.harvest.executor.v1.ExecutionR\texecution\"\xa3\x01\n" +
 	"\x13GetExecutionRequest\x12S\n" +
-	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\"T\n" +
+	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x127\n" +
+	"\tread_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskR\breadMask\"T\n" +
 	"\x14GetExecutionResponse\x12<\n" +
-	"\texecution\x18\x01 \x01(\v2\x1e.harvest.executor.v1.ExecutionR\texecution\"\x82\x02\n" +
+	"\texecution\x18\x01 \x01(\v2\x1e.harvest.executor.v1.ExecutionR\texecution\"\xee\x02\n" +
 	"\x15ListExecutionsRequest\x12\x99\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x80\x01\xbaH}\xba\x01z\n" +
 	"\rparent.format\x12/must be empty, sessions/{session} or sessions/-\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12'\n" +
 	"\n" +
-	"page_token\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\x04R\tpageToken\"\x80\x01\n" +
+	"page_token\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\x04R\tpageToken\x12\x16\n" +
+	"\x06filter\x18\x04 \x01(\tR\x06filter\x12\x19\n" +
+	"\border_by\x18\x05 \x01(\tR\aorderBy\x127\n" +
+	"\tread_mask\x18\x06 \x01(\v2\x1a.google.protobuf.FieldMaskR\breadMask\"\x80\x01\n" +
 	"\x16ListExecutionsResponse\x12>\n" +
 	"\n" +
 	"executions\x18\x01 \x03(\v2\x1e.harvest.executor.v1.ExecutionR\n" +
 	"executions\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe2\x01\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xa0\x02\n" +
 	"\x16CancelExecutionRequest\x12S\n" +
 	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x12K\n" +
 	"\fgrace_period\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
 	"\xaa\x01\a\"\x03\b\xd8\x042\x00R\vgracePeriod\x12&\n" +
-	"\trequester\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\x02R\trequester\"W\n" +
+	"\trequester\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\x02R\trequester\x12<\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"W\n" +
 	"\x17CancelExecutionResponse\x12<\n" +
-	"\texecution\x18\x01 \x01(\v2\x1e.harvest.executor.v1.ExecutionR\texecution\"m\n" +
+	"\texecution\x18\x01 \x01(\v2\x1e.harvest.executor.v1.ExecutionR\texecution\"\xab\x01\n" +
 	"\x16DeleteExecutionRequest\x12S\n" +
-	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\"\x19\n" +
+	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x12<\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"\x19\n" +
 	"\x17DeleteExecutionResponse2\xb6\a\n" +
 	"\x0fExecutorService\x12V\n" +
 	"\aExecute\x12#.harvest.executor.v1.ExecuteRequest\x1a$.harvest.executor.v1.ExecuteResponse0\x01\x12i\n" +
@@ -1173,6 +1281,7 @@ var file_harvest_executor_v1_executor_service_proto_goTypes = []any{
 	(*Execution)(nil),               // 25: harvest.executor.v1.Execution
 	(*Cursor)(nil),                  // 26: harvest.executor.v1.Cursor
 	(Stream)(0),                     // 27: harvest.executor.v1.Stream
+	(*fieldmaskpb.FieldMask)(nil),   // 28: google.protobuf.FieldMask
 }
 var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	20, // 0: harvest.executor.v1.ExecuteRequest.command:type_name -> harvest.executor.v1.Command
@@ -1192,33 +1301,35 @@ var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	27, // 14: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
 	23, // 15: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
 	25, // 16: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	25, // 17: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	25, // 18: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
-	23, // 19: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
-	25, // 20: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	0,  // 21: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
-	2,  // 22: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
-	4,  // 23: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
-	6,  // 24: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
-	8,  // 25: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
-	10, // 26: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
-	12, // 27: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
-	14, // 28: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
-	16, // 29: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
-	1,  // 30: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
-	3,  // 31: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
-	5,  // 32: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
-	7,  // 33: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
-	9,  // 34: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
-	11, // 35: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
-	13, // 36: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
-	15, // 37: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
-	17, // 38: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
-	30, // [30:39] is the sub-list for method output_type
-	21, // [21:30] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	28, // 17: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	25, // 18: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	28, // 19: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	25, // 20: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
+	23, // 21: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
+	25, // 22: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	0,  // 23: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
+	2,  // 24: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
+	4,  // 25: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
+	6,  // 26: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
+	8,  // 27: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
+	10, // 28: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
+	12, // 29: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
+	14, // 30: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
+	16, // 31: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
+	1,  // 32: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
+	3,  // 33: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
+	5,  // 34: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
+	7,  // 35: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
+	9,  // 36: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
+	11, // 37: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
+	13, // 38: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
+	15, // 39: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
+	17, // 40: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
+	32, // [32:41] is the sub-list for method output_type
+	23, // [23:32] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_executor_service_proto_init() }

@@ -47,12 +47,16 @@ const (
 // What fails before the execution exists is an RPC error; everything after that,
 // a program that is not found and a time-out included, is in the result.
 //
+// Every call that changes something takes a request_id, with which it can be repeated
+// when its answer was lost.
+//
 // Errors carry google.rpc.ErrorInfo (domain "executord.harvest.run"), bad fields
 // also google.rpc.BadRequest.
 type ExecutorServiceClient interface {
 	// Starts a command and follows it to its end. The command goes on when the caller
 	// leaves. INVALID_ARGUMENT, NOT_FOUND (parent), FAILED_PRECONDITION (a limit that
-	// cannot be enforced, a session that is not running), UNAVAILABLE (draining).
+	// cannot be enforced, a session that is not running), ALREADY_EXISTS (a request_id
+	// that was used for another request), UNAVAILABLE (draining).
 	Execute(ctx context.Context, in *ExecuteRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExecuteResponse], error)
 	// Starts a command and answers as soon as it is recorded. Errors as in Execute.
 	StartExecution(ctx context.Context, in *StartExecutionRequest, opts ...grpc.CallOption) (*StartExecutionResponse, error)
@@ -67,8 +71,8 @@ type ExecutorServiceClient interface {
 	WaitExecution(ctx context.Context, in *WaitExecutionRequest, opts ...grpc.CallOption) (*WaitExecutionResponse, error)
 	// Reads an execution. NOT_FOUND.
 	GetExecution(ctx context.Context, in *GetExecutionRequest, opts ...grpc.CallOption) (*GetExecutionResponse, error)
-	// Lists executions, the newest first. INVALID_ARGUMENT for a page token that this
-	// server did not give for the same parent.
+	// Lists executions, the newest first. INVALID_ARGUMENT for a bad filter, and for a
+	// page token that this server did not give for the same parent, filter and order.
 	ListExecutions(ctx context.Context, in *ListExecutionsRequest, opts ...grpc.CallOption) (*ListExecutionsResponse, error)
 	// Ends an execution and answers when its whole process tree is gone. One that has
 	// ended already is answered as it is. NOT_FOUND.
@@ -218,12 +222,16 @@ func (c *executorServiceClient) DeleteExecution(ctx context.Context, in *DeleteE
 // What fails before the execution exists is an RPC error; everything after that,
 // a program that is not found and a time-out included, is in the result.
 //
+// Every call that changes something takes a request_id, with which it can be repeated
+// when its answer was lost.
+//
 // Errors carry google.rpc.ErrorInfo (domain "executord.harvest.run"), bad fields
 // also google.rpc.BadRequest.
 type ExecutorServiceServer interface {
 	// Starts a command and follows it to its end. The command goes on when the caller
 	// leaves. INVALID_ARGUMENT, NOT_FOUND (parent), FAILED_PRECONDITION (a limit that
-	// cannot be enforced, a session that is not running), UNAVAILABLE (draining).
+	// cannot be enforced, a session that is not running), ALREADY_EXISTS (a request_id
+	// that was used for another request), UNAVAILABLE (draining).
 	Execute(*ExecuteRequest, grpc.ServerStreamingServer[ExecuteResponse]) error
 	// Starts a command and answers as soon as it is recorded. Errors as in Execute.
 	StartExecution(context.Context, *StartExecutionRequest) (*StartExecutionResponse, error)
@@ -238,8 +246,8 @@ type ExecutorServiceServer interface {
 	WaitExecution(context.Context, *WaitExecutionRequest) (*WaitExecutionResponse, error)
 	// Reads an execution. NOT_FOUND.
 	GetExecution(context.Context, *GetExecutionRequest) (*GetExecutionResponse, error)
-	// Lists executions, the newest first. INVALID_ARGUMENT for a page token that this
-	// server did not give for the same parent.
+	// Lists executions, the newest first. INVALID_ARGUMENT for a bad filter, and for a
+	// page token that this server did not give for the same parent, filter and order.
 	ListExecutions(context.Context, *ListExecutionsRequest) (*ListExecutionsResponse, error)
 	// Ends an execution and answers when its whole process tree is gone. One that has
 	// ended already is answered as it is. NOT_FOUND.

@@ -13,6 +13,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
+	fieldmaskpb "google.golang.org/protobuf/types/known/fieldmaskpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -34,7 +35,13 @@ type CreateSessionRequest struct {
 	Lifetime *durationpb.Duration `protobuf:"bytes,2,opt,name=lifetime,proto3" json:"lifetime,omitempty"`
 	// Labels to find it by: at most 64; names of 1 to 63 and values of at most 63
 	// characters of A-Z a-z 0-9 . _ / -.
-	Labels        map[string]string `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Makes the call safe to repeat: 1 to 64 characters of A-Z a-z 0-9 . _ -, a UUID
+	// is advised; empty for none. It is remembered for 24 h, also over a crash. A repeat
+	// with the same parameters is answered with the same session as it is now. With
+	// other parameters or of another method: ALREADY_EXISTS, reason REQUEST_ID_REUSED.
+	// What was refused is not remembered.
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -90,6 +97,13 @@ func (x *CreateSessionRequest) GetLabels() map[string]string {
 	return nil
 }
 
+func (x *CreateSessionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
 // CreateSessionResponse answers a creation.
 type CreateSessionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -142,7 +156,11 @@ type GetSessionRequest struct {
 	// Resource name of the session; required.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// How long to wait at most for it to leave STATE_STARTING; default 0, at most 600 s.
-	Wait          *durationpb.Duration `protobuf:"bytes,2,opt,name=wait,proto3" json:"wait,omitempty"`
+	Wait *durationpb.Duration `protobuf:"bytes,2,opt,name=wait,proto3" json:"wait,omitempty"`
+	// The fields of the session to answer with: its fields, such as state, and those
+	// one level below, such as limits.pids. Absent or "*" for all. INVALID_ARGUMENT for
+	// a path that there is not.
+	ReadMask      *fieldmaskpb.FieldMask `protobuf:"bytes,3,opt,name=read_mask,json=readMask,proto3" json:"read_mask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -187,6 +205,13 @@ func (x *GetSessionRequest) GetName() string {
 func (x *GetSessionRequest) GetWait() *durationpb.Duration {
 	if x != nil {
 		return x.Wait
+	}
+	return nil
+}
+
+func (x *GetSessionRequest) GetReadMask() *fieldmaskpb.FieldMask {
+	if x != nil {
+		return x.ReadMask
 	}
 	return nil
 }
@@ -246,8 +271,17 @@ type ListSessionsRequest struct {
 	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// Also those that have ended.
 	ShowTerminated bool `protobuf:"varint,3,opt,name=show_terminated,json=showTerminated,proto3" json:"show_terminated,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Which ones, as in ListExecutionsRequest, by state, end_reason, labels.NAME,
+	// create_time and end_time. Those that have ended need show_terminated beside it.
+	Filter string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
+	// As in ListExecutionsRequest.
+	OrderBy string `protobuf:"bytes,5,opt,name=order_by,json=orderBy,proto3" json:"order_by,omitempty"`
+	// The fields of the session to answer with: its fields, such as state, and those
+	// one level below, such as limits.pids. Absent or "*" for all. INVALID_ARGUMENT for
+	// a path that there is not.
+	ReadMask      *fieldmaskpb.FieldMask `protobuf:"bytes,6,opt,name=read_mask,json=readMask,proto3" json:"read_mask,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListSessionsRequest) Reset() {
@@ -299,6 +333,27 @@ func (x *ListSessionsRequest) GetShowTerminated() bool {
 		return x.ShowTerminated
 	}
 	return false
+}
+
+func (x *ListSessionsRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *ListSessionsRequest) GetOrderBy() string {
+	if x != nil {
+		return x.OrderBy
+	}
+	return ""
+}
+
+func (x *ListSessionsRequest) GetReadMask() *fieldmaskpb.FieldMask {
+	if x != nil {
+		return x.ReadMask
+	}
+	return nil
 }
 
 // ListSessionsResponse is a page.
@@ -362,7 +417,10 @@ type TerminateSessionRequest struct {
 	// Resource name of the session; required.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Who asks and why, for the session's detail; at most 256 bytes.
-	Requester     string `protobuf:"bytes,2,opt,name=requester,proto3" json:"requester,omitempty"`
+	Requester string `protobuf:"bytes,2,opt,name=requester,proto3" json:"requester,omitempty"`
+	// Makes the call safe to tell from another, as in CreateSessionRequest; a repeat
+	// waits for the same end and is answered as the first.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -407,6 +465,13 @@ func (x *TerminateSessionRequest) GetName() string {
 func (x *TerminateSessionRequest) GetRequester() string {
 	if x != nil {
 		return x.Requester
+	}
+	return ""
+}
+
+func (x *TerminateSessionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
 	}
 	return ""
 }
@@ -461,33 +526,41 @@ var File_harvest_executor_v1_session_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	"\n" +
-	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/session.proto\"\xe4\x02\n" +
+	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/session.proto\"\xa2\x03\n" +
 	"\x14CreateSessionRequest\x123\n" +
 	"\x06limits\x18\x01 \x01(\v2\x1b.harvest.executor.v1.LimitsR\x06limits\x12H\n" +
 	"\blifetime\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\blifetime\x12\x91\x01\n" +
-	"\x06labels\x18\x03 \x03(\v25.harvest.executor.v1.CreateSessionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x1a9\n" +
+	"\x06labels\x18\x03 \x03(\v25.harvest.executor.v1.CreateSessionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x12<\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
 	"\x15CreateSessionResponse\x126\n" +
-	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession\"\x88\x01\n" +
+	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession\"\xc1\x01\n" +
 	"\x11GetSessionRequest\x125\n" +
 	"\x04name\x18\x01 \x01(\tB!\xbaH\x1er\x1c2\x1a^sessions/[a-z0-9-]{1,63}$R\x04name\x12<\n" +
 	"\x04wait\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
-	"\xaa\x01\a\"\x03\b\xd8\x042\x00R\x04wait\"L\n" +
+	"\xaa\x01\a\"\x03\b\xd8\x042\x00R\x04wait\x127\n" +
+	"\tread_mask\x18\x03 \x01(\v2\x1a.google.protobuf.FieldMaskR\breadMask\"L\n" +
 	"\x12GetSessionResponse\x126\n" +
-	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession\"\x8d\x01\n" +
+	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession\"\xf9\x01\n" +
 	"\x13ListSessionsRequest\x12$\n" +
 	"\tpage_size\x18\x01 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12'\n" +
 	"\n" +
 	"page_token\x18\x02 \x01(\tB\b\xbaH\x05r\x03(\x80\x04R\tpageToken\x12'\n" +
-	"\x0fshow_terminated\x18\x03 \x01(\bR\x0eshowTerminated\"x\n" +
+	"\x0fshow_terminated\x18\x03 \x01(\bR\x0eshowTerminated\x12\x16\n" +
+	"\x06filter\x18\x04 \x01(\tR\x06filter\x12\x19\n" +
+	"\border_by\x18\x05 \x01(\tR\aorderBy\x127\n" +
+	"\tread_mask\x18\x06 \x01(\v2\x1a.google.protobuf.FieldMaskR\breadMask\"x\n" +
 	"\x14ListSessionsResponse\x128\n" +
 	"\bsessions\x18\x01 \x03(\v2\x1c.harvest.executor.v1.SessionR\bsessions\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"x\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb6\x01\n" +
 	"\x17TerminateSessionRequest\x125\n" +
 	"\x04name\x18\x01 \x01(\tB!\xbaH\x1er\x1c2\x1a^sessions/[a-z0-9-]{1,63}$R\x04name\x12&\n" +
-	"\trequester\x18\x02 \x01(\tB\b\xbaH\x05r\x03(\x80\x02R\trequester\"R\n" +
+	"\trequester\x18\x02 \x01(\tB\b\xbaH\x05r\x03(\x80\x02R\trequester\x12<\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"R\n" +
 	"\x18TerminateSessionResponse\x126\n" +
 	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession2\xad\x03\n" +
 	"\x0eSessionService\x12f\n" +
@@ -524,6 +597,7 @@ var file_harvest_executor_v1_session_service_proto_goTypes = []any{
 	(*Limits)(nil),                   // 9: harvest.executor.v1.Limits
 	(*durationpb.Duration)(nil),      // 10: google.protobuf.Duration
 	(*Session)(nil),                  // 11: harvest.executor.v1.Session
+	(*fieldmaskpb.FieldMask)(nil),    // 12: google.protobuf.FieldMask
 }
 var file_harvest_executor_v1_session_service_proto_depIdxs = []int32{
 	9,  // 0: harvest.executor.v1.CreateSessionRequest.limits:type_name -> harvest.executor.v1.Limits
@@ -531,22 +605,24 @@ var file_harvest_executor_v1_session_service_proto_depIdxs = []int32{
 	8,  // 2: harvest.executor.v1.CreateSessionRequest.labels:type_name -> harvest.executor.v1.CreateSessionRequest.LabelsEntry
 	11, // 3: harvest.executor.v1.CreateSessionResponse.session:type_name -> harvest.executor.v1.Session
 	10, // 4: harvest.executor.v1.GetSessionRequest.wait:type_name -> google.protobuf.Duration
-	11, // 5: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
-	11, // 6: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
-	11, // 7: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
-	0,  // 8: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
-	2,  // 9: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
-	4,  // 10: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
-	6,  // 11: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
-	1,  // 12: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
-	3,  // 13: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
-	5,  // 14: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
-	7,  // 15: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
-	12, // [12:16] is the sub-list for method output_type
-	8,  // [8:12] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	12, // 5: harvest.executor.v1.GetSessionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	11, // 6: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
+	12, // 7: harvest.executor.v1.ListSessionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	11, // 8: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
+	11, // 9: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
+	0,  // 10: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
+	2,  // 11: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
+	4,  // 12: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
+	6,  // 13: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
+	1,  // 14: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
+	3,  // 15: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
+	5,  // 16: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
+	7,  // 17: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
+	14, // [14:18] is the sub-list for method output_type
+	10, // [10:14] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_session_service_proto_init() }

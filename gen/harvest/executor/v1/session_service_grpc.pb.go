@@ -35,12 +35,13 @@ const (
 // lifetime ends. ExecutorService runs commands in them, by parent.
 type SessionServiceClient interface {
 	// Creates a session and answers at once, in STATE_STARTING. INVALID_ARGUMENT,
-	// FAILED_PRECONDITION (a limit that cannot be enforced), UNAVAILABLE (draining).
+	// FAILED_PRECONDITION (a limit that cannot be enforced), ALREADY_EXISTS (a request_id
+	// that was used for another request), UNAVAILABLE (draining).
 	CreateSession(ctx context.Context, in *CreateSessionRequest, opts ...grpc.CallOption) (*CreateSessionResponse, error)
 	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
 	GetSession(ctx context.Context, in *GetSessionRequest, opts ...grpc.CallOption) (*GetSessionResponse, error)
-	// Lists sessions, the newest first. INVALID_ARGUMENT for a page token that this
-	// server did not give.
+	// Lists sessions, the newest first. INVALID_ARGUMENT for a bad filter, and for a page
+	// token that this server did not give for the same listing, filter and order.
 	ListSessions(ctx context.Context, in *ListSessionsRequest, opts ...grpc.CallOption) (*ListSessionsResponse, error)
 	// Ends a session: its executions end with SESSION_ENDED, its sandbox is gone when
 	// the answer comes. One that has ended already is answered as it is. NOT_FOUND.
@@ -103,12 +104,13 @@ func (c *sessionServiceClient) TerminateSession(ctx context.Context, in *Termina
 // lifetime ends. ExecutorService runs commands in them, by parent.
 type SessionServiceServer interface {
 	// Creates a session and answers at once, in STATE_STARTING. INVALID_ARGUMENT,
-	// FAILED_PRECONDITION (a limit that cannot be enforced), UNAVAILABLE (draining).
+	// FAILED_PRECONDITION (a limit that cannot be enforced), ALREADY_EXISTS (a request_id
+	// that was used for another request), UNAVAILABLE (draining).
 	CreateSession(context.Context, *CreateSessionRequest) (*CreateSessionResponse, error)
 	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
 	GetSession(context.Context, *GetSessionRequest) (*GetSessionResponse, error)
-	// Lists sessions, the newest first. INVALID_ARGUMENT for a page token that this
-	// server did not give.
+	// Lists sessions, the newest first. INVALID_ARGUMENT for a bad filter, and for a page
+	// token that this server did not give for the same listing, filter and order.
 	ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error)
 	// Ends a session: its executions end with SESSION_ENDED, its sandbox is gone when
 	// the answer comes. One that has ended already is answered as it is. NOT_FOUND.
