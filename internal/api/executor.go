@@ -8,12 +8,14 @@ import (
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/idempotency"
 	"google.golang.org/grpc/peer"
 )
 
 // Executions runs commands. execution.Service is meant.
 type Executions interface {
-	// Start records a new one; it is durable when Start returns.
+	// Start records a new one; it is durable when Start returns. A repeat of the request
+	// returns the first one's.
 	Start(ctx context.Context, r execution.Request) (execution.Execution, error)
 	// Get reads one.
 	Get(ctx context.Context, ref execution.Ref) (execution.Execution, error)
@@ -31,7 +33,7 @@ type Executions interface {
 	// ending goes on.
 	Cancel(ctx context.Context, ref execution.Ref, c execution.Cancellation) (execution.Execution, error)
 	// Delete deletes an ended one.
-	Delete(ctx context.Context, ref execution.Ref) error
+	Delete(ctx context.Context, ref execution.Ref, key idempotency.Key) error
 }
 
 // Watcher reads the events of one execution. It is used by one goroutine.
@@ -59,6 +61,7 @@ type executorService struct {
 	executorv1.UnimplementedExecutorServiceServer
 	executions Executions
 	tokens     *pageTokens
+	keys       *requestKeys
 	senders    *senders
 }
 
@@ -69,6 +72,9 @@ func (s *executorService) StartExecution(ctx context.Context, req *executorv1.St
 		return nil, err
 	}
 	request.Command.Trace = traceparent(ctx)
+	if request.Key, err = s.keys.of(ctx, req); err != nil {
+		return nil, err
+	}
 	e, err := s.executions.Start(ctx, request)
 	if err != nil {
 		return nil, err
@@ -117,22 +123,37 @@ func (s *executorService) GetExecution(ctx context.Context, req *executorv1.GetE
 	if err != nil {
 		return nil, err
 	}
+	mask, err := parseReadMask(req.GetReadMask(), (*executorv1.Execution)(nil))
+	if err != nil {
+		return nil, err
+	}
 	e, err := s.executions.Get(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
-	return &executorv1.GetExecutionResponse{Execution: executionProto(e)}, nil
+	answer := executionProto(e)
+	mask.apply(answer)
+	return &executorv1.GetExecutionResponse{Execution: answer}, nil
 }
 
 // ListExecutions implements executorv1.ExecutorServiceServer.
 func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.ListExecutionsRequest) (*executorv1.ListExecutionsResponse, error) {
-	listing := "ListExecutions " + req.GetParent()
-	before, err := s.tokens.decode(listing, req.GetPageToken())
+	size := pageSize(req.GetPageSize())
+	query := execution.Query{Limit: size + 1}
+	mask, err := parseReadMask(req.GetReadMask(), (*executorv1.Execution)(nil))
 	if err != nil {
 		return nil, err
 	}
-	size := pageSize(req.GetPageSize())
-	query := execution.Query{Before: before, Limit: size + 1}
+	if query.Filter, err = parseFilter(req.GetFilter(), executionFilters()); err != nil {
+		return nil, err
+	}
+	if query.Ascending, err = parseOrder(req.GetOrderBy()); err != nil {
+		return nil, err
+	}
+	list := listing(ctx, "ListExecutions", req.GetParent(), req.GetFilter(), query.Ascending)
+	if query.Before, err = s.tokens.decode(list, req.GetPageToken()); err != nil {
+		return nil, err
+	}
 	if req.GetParent() == anySession {
 		query.InAnySession = true
 	} else if query.Session, err = parseParent(req.GetParent()); err != nil {
@@ -143,7 +164,7 @@ func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.Li
 		return nil, err
 	}
 	page, next := cutPage(found, size, func(last execution.Execution) string {
-		return s.tokens.encode(listing, last.ID)
+		return s.tokens.encode(list, last.ID)
 	})
 	resp := &executorv1.ListExecutionsResponse{
 		Executions:    make([]*executorv1.Execution, len(page)),
@@ -151,6 +172,7 @@ func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.Li
 	}
 	for i, e := range page {
 		resp.Executions[i] = executionProto(e)
+		mask.apply(resp.Executions[i])
 	}
 	return resp, nil
 }
@@ -169,6 +191,9 @@ func (s *executorService) CancelExecution(ctx context.Context, req *executorv1.C
 		}
 		cancellation.Grace = &grace
 	}
+	if cancellation.Key, err = s.keys.of(ctx, req); err != nil {
+		return nil, err
+	}
 	e, err := s.executions.Cancel(ctx, ref, cancellation)
 	if err != nil {
 		return nil, err
@@ -182,7 +207,11 @@ func (s *executorService) DeleteExecution(ctx context.Context, req *executorv1.D
 	if err != nil {
 		return nil, err
 	}
-	if err := s.executions.Delete(ctx, ref); err != nil {
+	key, err := s.keys.of(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.executions.Delete(ctx, ref, key); err != nil {
 		return nil, err
 	}
 	return &executorv1.DeleteExecutionResponse{}, nil

@@ -15,6 +15,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/session"
 	"go.uber.org/goleak"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -36,12 +37,20 @@ type fakeExecutions struct {
 	requests      []execution.Request
 	cancellations []execution.Cancellation
 	queries       []execution.Query
+	// keys are those of all requests that change something.
+	keys []idempotency.Key
 	// watchers counts those that are open.
 	watchers int
 	// onStart writes the log of a new execution; nil leaves it empty.
 	onStart func(*fakeLog)
 	// hook is called first by each method; its error is returned.
 	hook func(ctx context.Context, method string) error
+}
+
+func (f *fakeExecutions) note(key idempotency.Key) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.keys = append(f.keys, key)
 }
 
 func (f *fakeExecutions) before(ctx context.Context, method string) error {
@@ -82,6 +91,7 @@ func (f *fakeExecutions) Start(ctx context.Context, r execution.Request) (execut
 	if err := f.before(ctx, "Start"); err != nil {
 		return execution.Execution{}, err
 	}
+	f.note(r.Key)
 	// As the real one does.
 	if err := r.Command.Validate(); err != nil {
 		return execution.Execution{}, err
@@ -223,6 +233,7 @@ func (f *fakeExecutions) Cancel(ctx context.Context, ref execution.Ref, c execut
 	if err != nil {
 		return execution.Execution{}, err
 	}
+	f.note(c.Key)
 	f.mu.Lock()
 	f.cancellations = append(f.cancellations, c)
 	f.mu.Unlock()
@@ -230,7 +241,8 @@ func (f *fakeExecutions) Cancel(ctx context.Context, ref execution.Ref, c execut
 	return l.read(), nil
 }
 
-func (f *fakeExecutions) Delete(ctx context.Context, ref execution.Ref) error {
+func (f *fakeExecutions) Delete(ctx context.Context, ref execution.Ref, key idempotency.Key) error {
+	f.note(key)
 	if err := f.before(ctx, "Delete"); err != nil {
 		return err
 	}
@@ -355,6 +367,8 @@ type fakeSessions struct {
 	sessions   map[string]session.Session
 	requests   []session.Request
 	requesters []string
+	queries    []session.Query
+	keys       []idempotency.Key
 	// started lets WaitStarted return.
 	started chan struct{}
 	err     error
@@ -375,6 +389,7 @@ func (f *fakeSessions) Create(_ context.Context, r session.Request) (session.Ses
 	}
 	f.mu.Lock()
 	f.requests = append(f.requests, r)
+	f.keys = append(f.keys, r.Key)
 	f.mu.Unlock()
 	s := session.Session{ID: "s1", State: session.Starting, Limits: r.Limits, Lifetime: r.Lifetime, Labels: r.Labels}
 	f.put(s)
@@ -412,6 +427,7 @@ func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Sessi
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.queries = append(f.queries, q)
 	var found []session.Session
 	for id, s := range f.sessions {
 		if (q.Before == "" || id < q.Before) && (q.Terminated || s.State != session.Terminated) {
@@ -422,7 +438,7 @@ func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Sessi
 	return found[:min(len(found), q.Limit)], nil
 }
 
-func (f *fakeSessions) Terminate(ctx context.Context, id, requester string) (session.Session, error) {
+func (f *fakeSessions) Terminate(ctx context.Context, id, requester string, key idempotency.Key) (session.Session, error) {
 	s, err := f.Get(ctx, id)
 	if err != nil {
 		return session.Session{}, err
@@ -431,6 +447,7 @@ func (f *fakeSessions) Terminate(ctx context.Context, id, requester string) (ses
 	f.put(s)
 	f.mu.Lock()
 	f.requesters = append(f.requesters, requester)
+	f.keys = append(f.keys, key)
 	f.mu.Unlock()
 	return s, nil
 }

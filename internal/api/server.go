@@ -47,6 +47,9 @@ type Config struct {
 	// PageTokenKey signs page tokens. Tokens are good for all servers that have the
 	// same key; one that is empty is replaced by a random one.
 	PageTokenKey []byte
+	// RequestIDKey makes the fingerprints of requests with a request_id. A repeat is only
+	// known to a server with the same key; one that is empty is replaced by a random one.
+	RequestIDKey []byte
 	// Reflection offers grpc.reflection.
 	Reflection bool
 	// SlowConsumerAfter is how long one message of a stream may wait until its
@@ -77,6 +80,10 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	tokens, err := newPageTokens(cfg.PageTokenKey)
 	if err != nil {
 		return nil, fmt.Errorf("make a key for page tokens: %w", err)
+	}
+	keys, err := newRequestKeys(cfg.RequestIDKey)
+	if err != nil {
+		return nil, fmt.Errorf("make a key for request ids: %w", err)
 	}
 	statuses := &statuses{logger: cfg.Logger}
 	access := &accessLog{logger: cfg.Logger}
@@ -124,9 +131,9 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	}
 	services := registrar{server}
 	executorv1.RegisterExecutorServiceServer(services, &executorService{
-		executions: cfg.Executions, tokens: tokens, senders: s.senders,
+		executions: cfg.Executions, tokens: tokens, keys: keys, senders: s.senders,
 	})
-	executorv1.RegisterSessionServiceServer(services, &sessionService{sessions: cfg.Sessions, tokens: tokens})
+	executorv1.RegisterSessionServiceServer(services, &sessionService{sessions: cfg.Sessions, tokens: tokens, keys: keys})
 	executorv1.RegisterAdminServiceServer(services, &adminService{info: cfg.Info})
 	healthpb.RegisterHealthServer(server, s.health)
 	if cfg.Reflection {

@@ -4,12 +4,14 @@ import (
 	"context"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/session"
 )
 
 // Sessions keeps long-lived sandboxes. session.Service is meant.
 type Sessions interface {
-	// Create records a new one and answers at once.
+	// Create records a new one and answers at once. A repeat of the request returns the
+	// first one's.
 	Create(ctx context.Context, r session.Request) (session.Session, error)
 	// Get reads one.
 	Get(ctx context.Context, id string) (session.Session, error)
@@ -20,7 +22,7 @@ type Sessions interface {
 	List(ctx context.Context, q session.Query) ([]session.Session, error)
 	// Terminate ends one and returns it when its sandbox is gone. When ctx ends first
 	// the ending goes on.
-	Terminate(ctx context.Context, id, requester string) (session.Session, error)
+	Terminate(ctx context.Context, id, requester string, key idempotency.Key) (session.Session, error)
 }
 
 // sessionService implements the SessionService.
@@ -28,6 +30,7 @@ type sessionService struct {
 	executorv1.UnimplementedSessionServiceServer
 	sessions Sessions
 	tokens   *pageTokens
+	keys     *requestKeys
 }
 
 // CreateSession implements executorv1.SessionServiceServer.
@@ -36,8 +39,12 @@ func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.Crea
 	if err != nil {
 		return nil, err
 	}
+	key, err := s.keys.of(ctx, req)
+	if err != nil {
+		return nil, err
+	}
 	created, err := s.sessions.Create(ctx, session.Request{
-		Limits: limitsOf(req.GetLimits()), Lifetime: lifetime, Labels: req.GetLabels(),
+		Limits: limitsOf(req.GetLimits()), Lifetime: lifetime, Labels: req.GetLabels(), Key: key,
 	})
 	if err != nil {
 		return nil, err
@@ -55,6 +62,10 @@ func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSess
 	if err != nil {
 		return nil, err
 	}
+	mask, err := parseReadMask(req.GetReadMask(), (*executorv1.Session)(nil))
+	if err != nil {
+		return nil, err
+	}
 	var found session.Session
 	if timeout == 0 {
 		found, err = s.sessions.Get(ctx, id)
@@ -68,28 +79,39 @@ func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSess
 	if err != nil {
 		return nil, err
 	}
-	return &executorv1.GetSessionResponse{Session: sessionProto(found)}, nil
+	answer := sessionProto(found)
+	mask.apply(answer)
+	return &executorv1.GetSessionResponse{Session: answer}, nil
 }
 
 // ListSessions implements executorv1.SessionServiceServer.
 func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListSessionsRequest) (*executorv1.ListSessionsResponse, error) {
-	listing := "ListSessions running"
+	scope := "running"
 	if req.GetShowTerminated() {
-		listing = "ListSessions all"
+		scope = "all"
 	}
-	before, err := s.tokens.decode(listing, req.GetPageToken())
+	size := pageSize(req.GetPageSize())
+	query := session.Query{Limit: size + 1, Terminated: req.GetShowTerminated()}
+	mask, err := parseReadMask(req.GetReadMask(), (*executorv1.Session)(nil))
 	if err != nil {
 		return nil, err
 	}
-	size := pageSize(req.GetPageSize())
-	found, err := s.sessions.List(ctx, session.Query{
-		Before: before, Limit: size + 1, Terminated: req.GetShowTerminated(),
-	})
+	if query.Filter, err = parseFilter(req.GetFilter(), sessionFilters()); err != nil {
+		return nil, err
+	}
+	if query.Ascending, err = parseOrder(req.GetOrderBy()); err != nil {
+		return nil, err
+	}
+	list := listing(ctx, "ListSessions", scope, req.GetFilter(), query.Ascending)
+	if query.Before, err = s.tokens.decode(list, req.GetPageToken()); err != nil {
+		return nil, err
+	}
+	found, err := s.sessions.List(ctx, query)
 	if err != nil {
 		return nil, err
 	}
 	page, next := cutPage(found, size, func(last session.Session) string {
-		return s.tokens.encode(listing, last.ID)
+		return s.tokens.encode(list, last.ID)
 	})
 	resp := &executorv1.ListSessionsResponse{
 		Sessions:      make([]*executorv1.Session, len(page)),
@@ -97,6 +119,7 @@ func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListS
 	}
 	for i, each := range page {
 		resp.Sessions[i] = sessionProto(each)
+		mask.apply(resp.Sessions[i])
 	}
 	return resp, nil
 }
@@ -107,7 +130,11 @@ func (s *sessionService) TerminateSession(ctx context.Context, req *executorv1.T
 	if err != nil {
 		return nil, err
 	}
-	ended, err := s.sessions.Terminate(ctx, id, requester(ctx, req.GetRequester()))
+	key, err := s.keys.of(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	ended, err := s.sessions.Terminate(ctx, id, requester(ctx, req.GetRequester()), key)
 	if err != nil {
 		return nil, err
 	}

@@ -98,7 +98,9 @@ func (s *statuses) ofFault(e *fault.Error, resource string) error {
 		details = append(details, resourceInfo(e.Reason, resource, message))
 	case fault.AlreadyExists:
 		code = codes.AlreadyExists
-		details = append(details, resourceInfo(e.Reason, resource, message))
+		if e.Reason != "REQUEST_ID_REUSED" { // which is about no resource
+			details = append(details, resourceInfo(e.Reason, resource, message))
+		}
 	case fault.FailedPrecondition:
 		code = codes.FailedPrecondition
 		details = append(details, &errdetails.PreconditionFailure{

@@ -33,18 +33,16 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 		return err
 	}
 	request.Command.Trace = traceparent(stream.Context())
+	if request.Key, err = s.keys.of(stream.Context(), req); err != nil {
+		return err
+	}
 	e, err := s.executions.Start(stream.Context(), request)
 	if err != nil {
 		return err
 	}
-	ref := execution.Ref{Session: e.Session, ID: e.ID}
-	watcher, err := s.executions.Watch(stream.Context(), ref, nil)
-	if err != nil {
-		return err
-	}
 	send := func(event *executorv1.Event) error { return stream.Send(&executorv1.ExecuteResponse{Event: event}) }
-	if err := greet(stream.Context(), watcher, send); err != nil {
-		watcher.Close()
+	watcher, err := s.greet(stream.Context(), e, send)
+	if err != nil {
 		return err
 	}
 	return s.follow(stream.Context(), watcher, interval, send)
@@ -52,13 +50,33 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 
 // greet sends the first event, which is in the log already, also when the server
 // began to stop meanwhile: to a caller who has no name for the execution,
-// SERVER_DRAINING would say that there is none.
-func greet(ctx context.Context, watcher Watcher, send func(*executorv1.Event) error) error {
-	event, err := watcher.Next(context.WithoutCancel(ctx))
+// SERVER_DRAINING would say that there is none. The watcher that it returns tells what
+// comes behind that.
+func (s *executorService) greet(ctx context.Context, e execution.Execution, send func(*executorv1.Event) error) (Watcher, error) {
+	ref := execution.Ref{Session: e.Session, ID: e.ID}
+	watcher, err := s.executions.Watch(ctx, ref, nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return send(eventProto(event))
+	event, err := watcher.Next(context.WithoutCancel(ctx))
+	if err == nil && event.Started == nil {
+		// A repeat came so late that the log's beginning is no longer kept. What it began
+		// with is known, and the name is what the caller needs first.
+		watcher.Close()
+		first := execution.Cursor{Epoch: e.Epoch, Sequence: 1}
+		if watcher, err = s.executions.Watch(ctx, ref, &first); err != nil {
+			return nil, err
+		}
+		event = execution.Event{Cursor: first, Time: e.CreateTime, Started: &execution.Started{Execution: ref}}
+	}
+	if err == nil {
+		err = send(eventProto(event))
+	}
+	if err != nil {
+		watcher.Close()
+		return nil, err
+	}
+	return watcher, nil
 }
 
 // WatchExecution implements executorv1.ExecutorServiceServer.

@@ -21,6 +21,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine/local"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/guestbinary"
+	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
 	"github.com/harvest-run/executord/internal/telemetry"
@@ -50,6 +51,8 @@ type Daemon struct {
 	server     server
 	listener   net.Listener
 	info       *serverInfo
+	// requests are the requests that are remembered, for a time.
+	requests idempotency.Expirer
 	// strays are sandboxes of an earlier time that nobody needs.
 	strays []string
 	// cutOff ends the streams that are open.
@@ -101,6 +104,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.opened.add("state", st.Close)
+	d.requests = st
 
 	open := c.OpenEngine
 	if open == nil {
@@ -127,7 +131,11 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	if d.strays, err = findStrays(ctx, d.engine, st); err != nil {
 		return nil, err
 	}
-	key, err := pageTokenKey(dir)
+	pageTokenKey, err := readKey(dir, pageTokenFile)
+	if err != nil {
+		return nil, err
+	}
+	requestIDKey, err := readKey(dir, requestIDFile)
 	if err != nil {
 		return nil, err
 	}
@@ -137,7 +145,8 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
 	server, err := api.NewServer(shutdown, api.Config{
 		Executions: watchable{executionService}, Sessions: sessionService, Info: d.info,
-		Logger: c.Logger, PageTokenKey: key, Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
+		Logger: c.Logger, PageTokenKey: pageTokenKey, RequestIDKey: requestIDKey,
+		Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make the server: %w", err)

@@ -155,27 +155,37 @@ func TestPageTokensSurviveARestart(t *testing.T) {
 	}
 }
 
-func TestPageTokenKey(t *testing.T) {
+func TestReadKey(t *testing.T) {
 	dir := t.TempDir()
-	first, err := pageTokenKey(dir)
-	if err != nil || len(first) != pageTokenKeySize {
+	first, err := readKey(dir, "a.key")
+	if err != nil || len(first) != keySize {
 		t.Fatalf("%d bytes, %v", len(first), err)
 	}
-	second, err := pageTokenKey(dir)
+	second, err := readKey(dir, "a.key")
 	if err != nil || string(second) != string(first) {
 		t.Errorf("another key the second time, %v", err)
 	}
-	path := filepath.Join(dir, "page-token.key")
+	if other, err := readKey(dir, "b.key"); err != nil || string(other) == string(first) {
+		t.Errorf("the same key under another name, %v", err)
+	}
+	path := filepath.Join(dir, "a.key")
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", info.Mode(), err)
+	}
+	// A write that was cut off is no key.
+	if err := os.WriteFile(path+".new", []byte("cut"), 0o600); err != nil {
+		t.Fatal(err)
 	}
 	if err := os.Truncate(path, 5); err != nil {
 		t.Fatal(err)
 	}
-	if third, err := pageTokenKey(dir); err != nil || len(third) != pageTokenKeySize {
+	if third, err := readKey(dir, "a.key"); err != nil || len(third) != keySize {
 		t.Errorf("%d bytes of a file that is cut off, %v", len(third), err)
 	}
-	if _, err := pageTokenKey(filepath.Join(dir, "none")); err == nil {
+	if left, err := filepath.Glob(filepath.Join(dir, "*.new")); err != nil || len(left) > 0 {
+		t.Errorf("%v is left, %v", left, err)
+	}
+	if _, err := readKey(filepath.Join(dir, "none"), "a.key"); err == nil {
 		t.Error("no error without a directory")
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/lifecycle"
 )
 
@@ -47,6 +48,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 	})
 	parts.Go(func(ctx context.Context) error {
 		endStrays(ctx, d.engine, d.strays, d.log)
+		return nil
+	})
+	parts.Go(func(ctx context.Context) error {
+		idempotency.Sweep(ctx, d.requests, d.log)
 		return nil
 	})
 	d.log.InfoContext(ctx, "ready", "address", d.listener.Addr().String(), "engine", d.engine.Name(),

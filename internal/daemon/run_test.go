@@ -190,7 +190,7 @@ func TestOrderOfStop(t *testing.T) {
 					log:      discard(),
 					settings: &configv1.Config{DrainTimeout: durationpb.New(test.drain), OnStop: test.onStop},
 					engine:   newFakeEngine(), executions: stepExecutions{service}, sessions: stepSessions{service},
-					server: stepServer{service}, listener: bufconn.Listen(1), info: &serverInfo{},
+					requests: noRequests{}, server: stepServer{service}, listener: bufconn.Listen(1), info: &serverInfo{},
 					cutOff: func(error) {
 						synctest.Wait() // GracefulStop began before it
 						told.add("cut off")
@@ -346,7 +346,7 @@ func streamsAtStop(t *testing.T, onStop configv1.OnStop) {
 	d := &Daemon{
 		log: discard(), settings: &configv1.Config{DrainTimeout: durationpb.New(time.Minute), OnStop: onStop},
 		engine: newFakeEngine(), executions: executions, sessions: noSessions{},
-		server: server, listener: listener, info: &serverInfo{}, cutOff: cutOff,
+		requests: noRequests{}, server: server, listener: listener, info: &serverInfo{}, cutOff: cutOff,
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -438,3 +438,8 @@ func wantDraining(t *testing.T, err error) {
 	}
 	t.Fatalf("%v has no reason SERVER_DRAINING", err)
 }
+
+// noRequests remembers nothing.
+type noRequests struct{}
+
+func (noRequests) DeleteRequests(context.Context, time.Time, int) (int, error) { return 0, nil }

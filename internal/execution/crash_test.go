@@ -18,6 +18,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 var errKilled = errors.New("killed")
@@ -58,6 +59,10 @@ func (m *mortal) step(name string) error {
 
 func (m *mortal) InsertExecution(ctx context.Context, e execution.Execution) error {
 	return m.around("insert", func() error { return m.Store.InsertExecution(ctx, e) })
+}
+
+func (m *mortal) InsertExecutionOnce(ctx context.Context, key idempotency.Key, e execution.Execution) error {
+	return m.around("insert", func() error { return m.Store.InsertExecutionOnce(ctx, key, e) })
 }
 
 func (m *mortal) UpdateExecution(ctx context.Context, e execution.Execution) error {

@@ -12,7 +12,7 @@ import (
 
 // Execution is the record of one command's life, as the store keeps it.
 type Execution struct {
-	// ID is unique and sorts by time of creation.
+	// ID is unique and sorts by CreateTime, to the millisecond.
 	ID string
 	// Session is the id of the session it runs in; "" for a one-shot.
 	Session string

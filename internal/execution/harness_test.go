@@ -22,11 +22,14 @@ import (
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
+	"github.com/harvest-run/executord/internal/idempotency/idempotencytest"
 )
 
 // memory is a Store in memory. before is called with what is about to be done; an
 // error of it is the call's, and nothing is done. after is called when it was done.
 type memory struct {
+	idempotencytest.Memory
 	mu            sync.Mutex
 	records       map[string]execution.Execution
 	updates       []execution.Execution
@@ -72,6 +75,14 @@ func (m *memory) InsertExecution(ctx context.Context, e execution.Execution) err
 	})
 }
 
+func (m *memory) InsertExecutionOnce(ctx context.Context, key idempotency.Key, e execution.Execution) error {
+	return m.Once(key, e.ID, func() error { return m.InsertExecution(ctx, e) })
+}
+
+func (m *memory) DeleteExecutionOnce(ctx context.Context, key idempotency.Key, id string) error {
+	return m.Once(key, id, func() error { return m.DeleteExecution(ctx, id) })
+}
+
 func (m *memory) UpdateExecution(ctx context.Context, e execution.Execution) error {
 	return m.do("update", e, func() error {
 		old, ok := m.records[e.ID]
@@ -102,10 +113,16 @@ func (m *memory) GetExecution(_ context.Context, id string) (e execution.Executi
 
 func (m *memory) ListExecutions(_ context.Context, q execution.Query) (page []execution.Execution, err error) {
 	err = m.do("list", execution.Execution{}, func() error {
-		for _, id := range slices.Backward(slices.Sorted(maps.Keys(m.records))) {
+		ids := slices.Sorted(maps.Keys(m.records))
+		if !q.Ascending {
+			slices.Reverse(ids)
+		}
+		for _, id := range ids {
 			e := m.records[id]
 			switch {
-			case q.Session != "" && e.Session != q.Session, q.InAnySession && e.Session == "", q.Before != "" && id >= q.Before:
+			case q.Session != "" && e.Session != q.Session, q.InAnySession && e.Session == "",
+				q.Before != "" && !q.Ascending && id >= q.Before, q.Ascending && id <= q.Before,
+				q.MinID != "" && id < q.MinID, q.MaxID != "" && id > q.MaxID, q.Unfinished && e.State == execution.Ended:
 			case len(page) < q.Limit:
 				page = append(page, e)
 			}
@@ -194,6 +211,11 @@ type rig struct {
 	sessions *sessions
 	dir      string
 	log      *lockedBuffer
+}
+
+// Delete deletes an execution by a request without a name.
+func (r *rig) Delete(ctx context.Context, ref execution.Ref) error {
+	return r.Service.Delete(ctx, ref, idempotency.Key{})
 }
 
 // newRig makes a rig with a fake engine and a store in memory, for a test in a bubble.

@@ -7,15 +7,13 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"strings"
 	"sync"
 	"time"
-
-	"github.com/oklog/ulid/v2"
 
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 // Sessions finds the sandboxes of sessions.
@@ -47,6 +45,8 @@ type Service struct {
 	log    *slog.Logger
 	logs   *logs
 	guests *guests
+	// requests keeps repeats of a request apart that come at the same time.
+	requests idempotency.Requests
 
 	mu       sync.Mutex
 	runs     map[string]*run
@@ -73,6 +73,8 @@ type Request struct {
 	// RetainedBytes bounds the log; 0 for the default.
 	RetainedBytes int64
 	Labels        map[string]string
+	// Key is the name of the request, with which it can be repeated.
+	Key idempotency.Key
 }
 
 // Ref names an execution: the id of its session, "" for a one-shot, and its own.
@@ -100,13 +102,24 @@ func New(cfg Config) (*Service, error) {
 	}
 	return &Service{
 		cfg: cfg, log: cfg.Logger, logs: logs, guests: newGuests(),
-		runs: make(map[string]*run), idle: idle,
+		requests: idempotency.Requests{Store: cfg.Store},
+		runs:     make(map[string]*run), idle: idle,
 	}, nil
 }
 
 // Start records an execution and begins to run it. Once it returns nil the
-// execution exists, whatever happens to executord.
+// execution exists, whatever happens to executord. The repeat of an earlier request
+// starts nothing and returns that one's execution as it is now; a fault NotFound if it
+// was deleted, AlreadyExists (REQUEST_ID_REUSED) if its name was used for another.
 func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
+	earlier, done, err := s.requests.Begin(ctx, r.Key)
+	if err != nil {
+		return Execution{}, err
+	}
+	defer done()
+	if earlier != "" {
+		return s.get(ctx, earlier)
+	}
 	if err := r.Command.Validate(); err != nil {
 		return Execution{}, err
 	}
@@ -133,7 +146,7 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 		return Execution{}, err
 	}
 	defer s.work.Done()
-	if err := s.register(ctx, e); err != nil {
+	if err := s.register(ctx, e, r.Key); err != nil {
 		run.forget()
 		return Execution{}, err
 	}
@@ -149,7 +162,7 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 }
 
 // register records an execution whose run has been admitted.
-func (s *Service) register(ctx context.Context, e Execution) error {
+func (s *Service) register(ctx context.Context, e Execution, key idempotency.Key) error {
 	if e.Session != "" {
 		// Asked again: a session that began to end before the run was admitted has not
 		// found it, and one that begins now will.
@@ -157,7 +170,13 @@ func (s *Service) register(ctx context.Context, e Execution) error {
 			return err
 		}
 	}
-	if err := s.cfg.Store.InsertExecution(ctx, e); err != nil {
+	var err error
+	if key.ID == "" {
+		err = s.cfg.Store.InsertExecution(ctx, e)
+	} else {
+		err = s.cfg.Store.InsertExecutionOnce(ctx, key, e)
+	}
+	if err != nil {
 		return fmt.Errorf("record %s: %w", e.ID, err)
 	}
 	return nil
@@ -165,9 +184,10 @@ func (s *Service) register(ctx context.Context, e Execution) error {
 
 // plan decides what the execution will be.
 func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbox, error) {
+	now := time.Now()
 	e := Execution{
-		ID: strings.ToLower(ulid.Make().String()), Session: r.Session, Labels: r.Labels,
-		Engine: s.cfg.Engine.Name(), State: Starting, CreateTime: time.Now(), RetainedBytes: r.RetainedBytes,
+		ID: newID(now), Session: r.Session, Labels: r.Labels,
+		Engine: s.cfg.Engine.Name(), State: Starting, CreateTime: now, RetainedBytes: r.RetainedBytes,
 	}
 	if e.RetainedBytes < 0 {
 		return e, nil, fault.InvalidField("RETAINED_BYTES", "output_policy.retained_bytes", "%d is negative", e.RetainedBytes)
@@ -266,25 +286,19 @@ func (s *Service) Running() int {
 
 // Get reads an execution. A fault NotFound if there is none of this name.
 func (s *Service) Get(ctx context.Context, ref Ref) (Execution, error) {
-	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
-		return r.snapshot(), nil
-	}
-	e, err := s.cfg.Store.GetExecution(ctx, ref.ID)
+	e, err := s.get(ctx, ref.ID)
 	if err == nil && e.Session != ref.Session {
-		err = fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "no execution %q", ref.ID)
+		e, err = Execution{}, fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "no execution %q", ref.ID)
 	}
 	return e, err
 }
 
-// List reads a page of executions, the newest first.
-func (s *Service) List(ctx context.Context, q Query) ([]Execution, error) {
-	page, err := s.cfg.Store.ListExecutions(ctx, q)
-	for i, e := range page {
-		if r, ok := s.find(e.ID); ok {
-			page[i] = r.snapshot()
-		}
+// get reads an execution, whatever session it is in.
+func (s *Service) get(ctx context.Context, id string) (Execution, error) {
+	if r, ok := s.find(id); ok {
+		return r.snapshot(), nil
 	}
-	return page, err
+	return s.cfg.Store.GetExecution(ctx, id)
 }
 
 // Wait returns an execution when it has ended. When ctx ends first it returns the
@@ -307,6 +321,9 @@ type Cancellation struct {
 	Grace *time.Duration
 	// By says who asked.
 	By string
+	// Key is the name of the request. A repeat is carried out again, which waits for the
+	// same end.
+	Key idempotency.Key
 }
 
 // Cancel ends an execution and returns it when its whole tree is gone. One that has
@@ -315,8 +332,21 @@ func (s *Service) Cancel(ctx context.Context, ref Ref, c Cancellation) (Executio
 	if c.Grace != nil && (*c.Grace < 0 || *c.Grace > MaxGracePeriod) {
 		return Execution{}, fault.InvalidField("GRACE_PERIOD", "grace_period", "must be 0 to %v, not %v", MaxGracePeriod, *c.Grace)
 	}
+	if c.Key.ID != "" {
+		// What is not there is not worth remembering.
+		if _, err := s.Get(ctx, ref); err != nil {
+			return Execution{}, err
+		}
+		if err := s.requests.Note(ctx, c.Key, ref.ID); err != nil {
+			return Execution{}, err
+		}
+	}
 	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
 		r.stop(stopOrder{reason: Cancelled, grace: c.Grace, by: c.By, detail: "cancelled by " + c.By})
+	}
+	// While the processes end the disk can be at work.
+	if err := s.requests.Sync(ctx, c.Key); err != nil {
+		return Execution{}, err
 	}
 	return s.Wait(ctx, ref)
 }
@@ -348,8 +378,16 @@ func (s *Service) stopAll(ctx context.Context, choose func(*run) bool, order sto
 }
 
 // Delete removes an execution that has ended, with its log. Watchers that have it open
-// read on to its end.
-func (s *Service) Delete(ctx context.Context, ref Ref) error {
+// read on to its end. The repeat of a request finds it deleted, which is well.
+func (s *Service) Delete(ctx context.Context, ref Ref, key idempotency.Key) error {
+	earlier, done, err := s.requests.Begin(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if earlier != "" {
+		return nil
+	}
 	e, err := s.Get(ctx, ref)
 	if err != nil {
 		return err
@@ -363,7 +401,12 @@ func (s *Service) Delete(ctx context.Context, ref Ref) error {
 			return err
 		}
 	}
-	if err := s.cfg.Store.DeleteExecution(ctx, ref.ID); err != nil {
+	if key.ID == "" {
+		err = s.cfg.Store.DeleteExecution(ctx, ref.ID)
+	} else {
+		err = s.cfg.Store.DeleteExecutionOnce(ctx, key, ref.ID)
+	}
+	if err != nil {
 		return err
 	}
 	// After the record: a log without one is removed at the next start.

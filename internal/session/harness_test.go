@@ -15,12 +15,15 @@ import (
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
+	"github.com/harvest-run/executord/internal/idempotency/idempotencytest"
 	"github.com/harvest-run/executord/internal/session"
 )
 
 // memory is a Store in memory. before is called with what is about to be done; an
 // error of it is the call's, and nothing is done.
 type memory struct {
+	idempotencytest.Memory
 	mu      sync.Mutex
 	records map[string]session.Session
 	states  []session.State // of all that was written
@@ -60,6 +63,10 @@ func (m *memory) InsertSession(ctx context.Context, s session.Session) error {
 	})
 }
 
+func (m *memory) InsertSessionOnce(ctx context.Context, key idempotency.Key, s session.Session) error {
+	return m.Once(key, s.ID, func() error { return m.InsertSession(ctx, s) })
+}
+
 func (m *memory) UpdateSession(ctx context.Context, s session.Session) error {
 	return m.do("update", s, func() error {
 		old, ok := m.records[s.ID]
@@ -90,9 +97,13 @@ func (m *memory) GetSession(_ context.Context, id string) (s session.Session, er
 
 func (m *memory) ListSessions(_ context.Context, q session.Query) (page []session.Session, err error) {
 	err = m.do("list", session.Session{}, func() error {
-		for _, id := range slices.Backward(slices.Sorted(maps.Keys(m.records))) {
+		ids := slices.Sorted(maps.Keys(m.records))
+		if !q.Ascending {
+			slices.Reverse(ids)
+		}
+		for _, id := range ids {
 			s := m.records[id]
-			if (q.Before == "" || id < q.Before) && (q.Terminated || s.State != session.Terminated) && len(page) < q.Limit {
+			if (q.Before == "" || (id < q.Before) != q.Ascending && id != q.Before) && (q.Terminated || s.State != session.Terminated) && len(page) < q.Limit {
 				page = append(page, s)
 			}
 		}
@@ -161,6 +172,11 @@ type rig struct {
 	store      *memory
 	executions *executions
 	log        *lockedBuffer
+}
+
+// Terminate ends a session by a request without a name.
+func (r *rig) Terminate(ctx context.Context, id, requester string) (session.Session, error) {
+	return r.Service.Terminate(ctx, id, requester, idempotency.Key{})
 }
 
 func newRig(t *testing.T, hooks enginefake.Hooks) *rig {

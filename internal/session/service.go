@@ -12,6 +12,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 // Executions ends what runs in a session.
@@ -31,6 +32,8 @@ type Config struct {
 type Service struct {
 	cfg Config
 	log *slog.Logger
+	// requests keeps repeats of a request apart that come at the same time.
+	requests idempotency.Requests
 
 	mu         sync.Mutex
 	executions Executions
@@ -45,6 +48,8 @@ type Request struct {
 	// Lifetime is counted from the creation; 0 stands for DefaultLifetime.
 	Lifetime time.Duration
 	Labels   map[string]string
+	// Key is the name of the request, with which it can be repeated.
+	Key idempotency.Key
 }
 
 // MaxLifetime is the most that may be asked for.
@@ -61,7 +66,9 @@ func New(cfg Config) (*Service, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Service{cfg: cfg, log: cfg.Logger, live: make(map[string]*live)}, nil
+	return &Service{
+		cfg: cfg, log: cfg.Logger, live: make(map[string]*live), requests: idempotency.Requests{Store: cfg.Store},
+	}, nil
 }
 
 // SetExecutions completes the Service: executions need sessions and sessions need
@@ -72,8 +79,18 @@ func (s *Service) SetExecutions(e Executions) {
 	s.executions = e
 }
 
-// Create records a session and begins to make its sandbox.
+// Create records a session and begins to make its sandbox. The repeat of an earlier
+// request makes nothing and returns that one's session as it is now; a fault
+// AlreadyExists (REQUEST_ID_REUSED) if its name was used for another.
 func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
+	earlier, done, err := s.requests.Begin(ctx, r.Key)
+	if err != nil {
+		return Session{}, err
+	}
+	defer done()
+	if earlier != "" {
+		return s.Get(ctx, earlier)
+	}
 	if r.Lifetime < 0 || r.Lifetime > MaxLifetime {
 		return Session{}, fault.InvalidField("LIFETIME", "lifetime", "must be up to %v, not %v", MaxLifetime, r.Lifetime)
 	}
@@ -83,17 +100,23 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	if err := s.cfg.Engine.CheckLimits(r.Limits); err != nil {
 		return Session{}, err
 	}
-	id := strings.ToLower(ulid.Make().String())
+	now := time.Now()
+	id := strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
 	record := Session{
 		ID: id, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id),
-		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: time.Now(),
+		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
 	}
 	runCtx, l := newLive(s, record)
 	if err := s.admit(l); err != nil {
 		return Session{}, err
 	}
 	defer s.work.Done()
-	if err := s.cfg.Store.InsertSession(ctx, record); err != nil {
+	if r.Key.ID == "" {
+		err = s.cfg.Store.InsertSession(ctx, record)
+	} else {
+		err = s.cfg.Store.InsertSessionOnce(ctx, r.Key, record)
+	}
+	if err != nil {
 		l.forget()
 		return Session{}, fmt.Errorf("record session %s: %w", id, err)
 	}
@@ -186,21 +209,20 @@ func (s *Service) WaitStarted(ctx context.Context, id string) (Session, error) {
 	return record, err
 }
 
-// List reads a page of sessions, the newest first.
-func (s *Service) List(ctx context.Context, q Query) ([]Session, error) {
-	page, err := s.cfg.Store.ListSessions(ctx, q)
-	for i, record := range page {
-		if l, ok := s.find(record.ID); ok {
-			page[i] = l.snapshot()
-		}
-	}
-	return page, err
-}
-
 // Terminate ends a session and returns it when everything of it is gone. One that
 // has ended is returned as it is. The end goes on when ctx ends first; then the session
 // is returned as it is, with ctx's cause.
-func (s *Service) Terminate(ctx context.Context, id, requester string) (Session, error) {
+// The repeat of a request is carried out again, which waits for the same end.
+func (s *Service) Terminate(ctx context.Context, id, requester string, key idempotency.Key) (Session, error) {
+	if key.ID != "" {
+		// What is not there is not worth remembering.
+		if _, err := s.Get(ctx, id); err != nil {
+			return Session{}, err
+		}
+		if err := s.requests.Note(ctx, key, id); err != nil {
+			return Session{}, err
+		}
+	}
 	l, ok := s.find(id)
 	if !ok {
 		record, err := s.Get(ctx, id)
@@ -210,6 +232,10 @@ func (s *Service) Terminate(ctx context.Context, id, requester string) (Session,
 		return record, err
 	}
 	l.end(Requested, "terminated by "+requester)
+	// While the sandbox ends the disk can be at work.
+	if err := s.requests.Sync(ctx, key); err != nil {
+		return Session{}, err
+	}
 	err := l.wait(ctx, l.ended)
 	return l.snapshot(), err
 }

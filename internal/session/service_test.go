@@ -19,6 +19,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/session"
 )
 
@@ -758,7 +759,7 @@ func TestWithoutALogger(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if one, err = s.Terminate(t.Context(), one.ID, "me"); err != nil || one.State != session.Terminated {
+		if one, err = s.Terminate(t.Context(), one.ID, "me", idempotency.Key{}); err != nil || one.State != session.Terminated {
 			t.Errorf("%+v, %v", one, err)
 		}
 		if err := s.Close(); err != nil {

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/filter"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 // Session is the record of one session, as the store keeps it.
@@ -63,16 +65,22 @@ const (
 // DefaultLifetime is what a session gets that says nothing else.
 const DefaultLifetime = 3600 * time.Second
 
-// Store keeps sessions. Every call is durable when it returns nil.
+// Store keeps sessions. Every call about them is durable when it returns nil.
 type Store interface {
+	// Requests that can be repeated are kept beside the sessions.
+	idempotency.Store
 	// InsertSession records a new one; a fault AlreadyExists if the id is taken.
 	InsertSession(ctx context.Context, s Session) error
+	// InsertSessionOnce records a new one together with the request for it, or neither;
+	// a fault AlreadyExists (REQUEST_ID_REUSED) if the request's name is taken.
+	InsertSessionOnce(ctx context.Context, key idempotency.Key, s Session) error
 	// UpdateSession replaces what can change in a life: State, Reason, Detail,
 	// Engine, Sandbox, Limits, EndTime. A fault NotFound if there is no such session.
 	UpdateSession(ctx context.Context, s Session) error
 	// GetSession reads one; a fault NotFound (SESSION_NOT_FOUND) if there is none.
 	GetSession(ctx context.Context, id string) (Session, error)
-	// ListSessions reads a page, the newest first.
+	// ListSessions reads a page, in the order of ids. Of a filter's terms on what can still
+	// change it lets every session through that is not Terminated in the store.
 	ListSessions(ctx context.Context, q Query) ([]Session, error)
 	// UnfinishedSessions reads all that are not Terminated, the oldest first.
 	UnfinishedSessions(ctx context.Context) ([]Session, error)
@@ -86,4 +94,9 @@ type Query struct {
 	Limit int
 	// Terminated includes those that have ended.
 	Terminated bool
+	// Filter restricts. Its fields are state, end_reason, labels, create_time and
+	// end_time, with the names of State and EndReason.
+	Filter filter.Filter
+	// Ascending begins with the oldest.
+	Ascending bool
 }

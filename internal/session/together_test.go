@@ -11,6 +11,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
 )
@@ -60,12 +61,12 @@ func TestTogether(t *testing.T) {
 		want    execution.Reason
 	}{
 		"terminated": {false, func(t *testing.T, h *house, _ *enginefake.Engine, id string) {
-			if _, err := h.sessions.Terminate(t.Context(), id, "me"); err != nil {
+			if _, err := h.sessions.Terminate(t.Context(), id, "me", idempotency.Key{}); err != nil {
 				t.Error(err)
 			}
 		}, session.Requested, execution.SessionEnded},
 		"terminated after a restart": {true, func(t *testing.T, h *house, _ *enginefake.Engine, id string) {
-			if _, err := h.sessions.Terminate(t.Context(), id, "me"); err != nil {
+			if _, err := h.sessions.Terminate(t.Context(), id, "me", idempotency.Key{}); err != nil {
 				t.Error(err)
 			}
 		}, session.Requested, execution.SessionEnded},
@@ -186,7 +187,7 @@ func TestTogetherInARace(t *testing.T) {
 			})
 			both.Go(func() {
 				time.Sleep(time.Duration(n) * 5 * time.Millisecond)
-				if s, err := h.sessions.Terminate(t.Context(), s.ID, fmt.Sprint(n)); err != nil || s.State != session.Terminated {
+				if s, err := h.sessions.Terminate(t.Context(), s.ID, fmt.Sprint(n), idempotency.Key{}); err != nil || s.State != session.Terminated {
 					t.Errorf("%+v, %v", s, err)
 				}
 			})

@@ -35,6 +35,16 @@ const (
 // InsertExecution implements execution.Store. Of the command's environment only the
 // names are written, of its source the first 4,096 bytes.
 func (s *Store) InsertExecution(ctx context.Context, e execution.Execution) error {
+	return s.insertExecutionWith(ctx, e, func(ctx context.Context, args ...any) error {
+		return s.write(ctx, func(ctx context.Context) error {
+			_, err := s.insertExecution.ExecContext(ctx, args...)
+			return err
+		})
+	})
+}
+
+// insertExecutionWith has insert write the columns of an execution.
+func (s *Store) insertExecutionWith(ctx context.Context, e execution.Execution, insert func(ctx context.Context, args ...any) error) error {
 	command, err := toJSON("command", storable(e.Command))
 	if err != nil {
 		return fmt.Errorf("insert execution %q: %w", e.ID, err)
@@ -47,12 +57,9 @@ func (s *Store) InsertExecution(ctx context.Context, e execution.Execution) erro
 	if err != nil {
 		return fmt.Errorf("insert execution %q: %w", e.ID, err)
 	}
-	err = s.write(ctx, func(ctx context.Context) error {
-		_, err := s.insertExecution.ExecContext(ctx, e.ID, e.Session, command, changing.limits, e.RetainedBytes, labels,
-			e.Engine, e.Sandbox, e.State, changing.result, e.Epoch, int64(e.Sequence),
-			e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime))
-		return err
-	})
+	err = insert(ctx, e.ID, e.Session, command, changing.limits, e.RetainedBytes, labels,
+		e.Engine, e.Sandbox, e.State, changing.result, e.Epoch, int64(e.Sequence),
+		e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime))
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "EXECUTION_EXISTS", "execution %q exists", e.ID)
 	}
@@ -100,14 +107,19 @@ func (s *Store) ListExecutions(ctx context.Context, q execution.Query) ([]execut
 	if before == "" {
 		before = afterAll
 	}
-	statement, args := s.listExecutions, []any{before, q.Limit}
+	var rows *sql.Rows
+	var err error
 	switch {
+	case q.Ascending || q.MinID != "" || q.MaxID != "" || len(q.Filter.Terms) > 0:
+		text, args := executionsQuery(q)
+		rows, err = s.reader.QueryContext(ctx, text, args...)
 	case q.Session != "":
-		statement, args = s.listOfSession, []any{q.Session, before, q.Limit}
+		rows, err = s.listOfSession.QueryContext(ctx, q.Session, before, q.Limit)
 	case q.InAnySession:
-		statement = s.listInSessions
+		rows, err = s.listInSessions.QueryContext(ctx, before, q.Limit)
+	default:
+		rows, err = s.listExecutions.QueryContext(ctx, before, q.Limit)
 	}
-	rows, err := statement.QueryContext(ctx, args...)
 	page, err := collect(rows, err, scanExecution)
 	if err != nil {
 		return nil, fmt.Errorf("list executions: %w", err)

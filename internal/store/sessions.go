@@ -29,6 +29,16 @@ const (
 
 // InsertSession implements session.Store.
 func (s *Store) InsertSession(ctx context.Context, one session.Session) error {
+	return s.insertSessionWith(ctx, one, func(ctx context.Context, args ...any) error {
+		return s.writeDurably(ctx, func(ctx context.Context) error {
+			_, err := s.insertSession.ExecContext(ctx, args...)
+			return err
+		})
+	})
+}
+
+// insertSessionWith has insert write the columns of a session.
+func (s *Store) insertSessionWith(ctx context.Context, one session.Session, insert func(ctx context.Context, args ...any) error) error {
 	limits, err := toJSON("limits", one.Limits)
 	if err != nil {
 		return fmt.Errorf("insert session %q: %w", one.ID, err)
@@ -37,11 +47,8 @@ func (s *Store) InsertSession(ctx context.Context, one session.Session) error {
 	if err != nil {
 		return fmt.Errorf("insert session %q: %w", one.ID, err)
 	}
-	err = s.writeDurably(ctx, func(ctx context.Context) error {
-		_, err := s.insertSession.ExecContext(ctx, one.ID, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
-			limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime))
-		return err
-	})
+	err = insert(ctx, one.ID, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
+		limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime))
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "SESSION_EXISTS", "session %q exists", one.ID)
 	}
@@ -89,11 +96,17 @@ func (s *Store) ListSessions(ctx context.Context, q session.Query) ([]session.Se
 	if before == "" {
 		before = afterAll
 	}
-	statement := s.listAlive
-	if q.Terminated {
-		statement = s.listSessions
+	var rows *sql.Rows
+	var err error
+	switch {
+	case q.Ascending || len(q.Filter.Terms) > 0:
+		text, args := sessionsQuery(q)
+		rows, err = s.reader.QueryContext(ctx, text, args...)
+	case q.Terminated:
+		rows, err = s.listSessions.QueryContext(ctx, before, q.Limit)
+	default:
+		rows, err = s.listAlive.QueryContext(ctx, before, q.Limit)
 	}
-	rows, err := statement.QueryContext(ctx, before, q.Limit)
 	page, err := collect(rows, err, scanSession)
 	if err != nil {
 		return nil, fmt.Errorf("list sessions: %w", err)

@@ -1,5 +1,5 @@
-// Package store keeps sessions and executions in an SQLite database in the state
-// directory. It implements session.Store and execution.Store: a call that returned
+// Package store keeps sessions, executions and the names of requests in an SQLite
+// database in the state directory. It implements session.Store and execution.Store: a call that returned
 // nil survives kill -9 and a power cut. One connection writes, a few read; the
 // directory is locked against a second executord. It imports the domain's types and
 // never an engine; it starts no goroutines but those of database/sql, which end in
@@ -20,12 +20,15 @@ import (
 
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/session"
 )
 
 var (
 	_ execution.Store = (*Store)(nil)
 	_ session.Store   = (*Store)(nil)
+
+	_ idempotency.Expirer = (*Store)(nil)
 )
 
 // fileName is the database's, in the state directory.
@@ -54,6 +57,9 @@ type Store struct {
 	insertExecution, updateExecution, deleteExecution *sql.Stmt
 	insertSession, updateSession                      *sql.Stmt
 	executionState, sessionState                      *sql.Stmt
+	insertRequest, findRequestToWrite, deleteRequests *sql.Stmt
+
+	findRequest *sql.Stmt
 
 	getExecution, unfinishedExecutions                      *sql.Stmt
 	listExecutions, listOfSession, listInSessions           *sql.Stmt
@@ -139,6 +145,10 @@ func (s *Store) prepare(ctx context.Context) error {
 		{s.writer, &s.insertSession, insertSession},
 		{s.writer, &s.updateSession, updateSession},
 		{s.writer, &s.sessionState, `SELECT state FROM sessions WHERE id = ?`},
+		{s.writer, &s.insertRequest, insertRequest},
+		{s.writer, &s.findRequestToWrite, findRequest},
+		{s.writer, &s.deleteRequests, deleteRequests},
+		{s.reader, &s.findRequest, findRequest},
 		{s.reader, &s.getExecution, getExecution},
 		{s.reader, &s.listExecutions, listExecutions},
 		{s.reader, &s.listOfSession, listOfSession},

@@ -1,0 +1,108 @@
+package session
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"github.com/harvest-run/executord/internal/fault"
+)
+
+// minFetch is how many records a filtered page reads at a time at least: of those that
+// live, the store cannot tell which fit.
+const minFetch = 100
+
+// List reads a page of sessions, each as it is now. What the Filter says of state,
+// end_reason and end_time it says of that: the store, which learns of some later, only
+// answers for those that have ended.
+func (s *Service) List(ctx context.Context, q Query) ([]Session, error) {
+	if len(q.Filter.Terms) == 0 {
+		page, err := s.cfg.Store.ListSessions(ctx, q)
+		for i, record := range page {
+			if l, ok := s.find(record.ID); ok {
+				page[i] = l.snapshot()
+			}
+		}
+		return page, err
+	}
+	var found []Session
+	next := q
+	for {
+		next.Limit = max(q.Limit-len(found), minFetch)
+		page, err := s.cfg.Store.ListSessions(ctx, next)
+		if err != nil {
+			return nil, err
+		}
+		for _, record := range page {
+			record, ok, err := s.present(ctx, record)
+			if err != nil {
+				return nil, err
+			}
+			if ok && (q.Terminated || record.State != Terminated) && q.Filter.Match(row{record}) {
+				found = append(found, record)
+			}
+			if len(found) == q.Limit {
+				return found, nil
+			}
+		}
+		if len(page) < next.Limit {
+			return found, nil
+		}
+		next.Before = page[len(page)-1].ID
+	}
+}
+
+// present returns a record of the store as it is now; false if it is gone.
+func (s *Service) present(ctx context.Context, record Session) (Session, bool, error) {
+	if record.State == Terminated {
+		return record, true, nil
+	}
+	record, err := s.Get(ctx, record.ID) // it may have ended since the store was asked
+	if fault.KindOf(err) == fault.NotFound {
+		return record, false, nil
+	}
+	return record, err == nil, err
+}
+
+// row is a session as a filter sees it.
+type row struct{ s Session }
+
+// Text implements filter.Row.
+func (r row) Text(field, key string) (string, bool) {
+	switch field {
+	case "state":
+		return r.s.State.String(), true
+	case "end_reason":
+		return string(r.s.Reason), r.s.Reason != ""
+	default:
+		text, ok := r.s.Labels[key]
+		return text, ok
+	}
+}
+
+// Time implements filter.Row.
+func (r row) Time(field string) (time.Time, bool) {
+	at := r.s.CreateTime
+	if field == "end_time" {
+		at = r.s.EndTime
+	}
+	return at, !at.IsZero()
+}
+
+// stateNames are those of the API.
+func stateNames() []string {
+	return []string{Starting: "STARTING", Running: "RUNNING", Terminating: "TERMINATING", Terminated: "TERMINATED"}
+}
+
+// String returns the name of a state, "" of none.
+func (s State) String() string {
+	if names := stateNames(); int(s) < len(names) {
+		return names[s]
+	}
+	return ""
+}
+
+// StateOf is the inverse of String; 0 for what is no name.
+func StateOf(name string) State {
+	return State(max(slices.Index(stateNames(), name), 0))
+}
