@@ -76,17 +76,6 @@ func (f Filter) Match(row Row) bool {
 	return true
 }
 
-// Only returns the terms on some fields.
-func (f Filter) Only(choose func(field string) bool) Filter {
-	var some Filter
-	for _, t := range f.Terms {
-		if choose(t.Field) {
-			some.Terms = append(some.Terms, t)
-		}
-	}
-	return some
-}
-
 func (t Term) match(row Row) bool {
 	var order int
 	if t.Time.IsZero() {

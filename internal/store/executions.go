@@ -110,7 +110,7 @@ func (s *Store) ListExecutions(ctx context.Context, q execution.Query) ([]execut
 	var rows *sql.Rows
 	var err error
 	switch {
-	case q.Ascending || q.MinID != "" || q.MaxID != "" || len(q.Filter.Terms) > 0:
+	case q.Ascending || q.Unfinished || q.MinID != "" || q.MaxID != "" || len(q.Filter.Terms) > 0:
 		text, args := executionsQuery(q)
 		rows, err = s.reader.QueryContext(ctx, text, args...)
 	case q.Session != "":

@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"database/sql"
+	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -137,7 +138,7 @@ func TestNewerSchemaIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	db.Close()
-	refused(t, dir, file, "schema version 99", "versions up to 1", "start an executord as new as", "another state directory")
+	refused(t, dir, file, "schema version 99", fmt.Sprintf("versions up to %d", newest(t)), "start an executord as new as", "another state directory")
 }
 
 func TestLogWithoutDatabaseIsRefused(t *testing.T) {
@@ -179,34 +180,58 @@ func TestMigrationIsAllOrNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	first, err := fs.ReadFile(migrations(), "00001_initial.sql")
+	last := newest(t)
+	steps := fstest.MapFS{}
+	names, err := fs.Glob(migrations(), "*.sql")
 	if err != nil {
 		t.Fatal(err)
 	}
-	steps := fstest.MapFS{
-		"00001_initial.sql": {Data: first},
-		"00002_second.sql": {Data: []byte("-- +goose Up\nCREATE TABLE second (a INTEGER) STRICT;\n" +
-			"INSERT INTO second SELECT 1 FROM executions;\nINSERT INTO nowhere VALUES (1);\n")},
+	for _, name := range names {
+		data, err := fs.ReadFile(migrations(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		steps[name] = &fstest.MapFile{Data: data}
 	}
+	next := fmt.Sprintf("%05d_next.sql", last+1)
+	steps[next] = &fstest.MapFile{Data: []byte("-- +goose Up\nCREATE TABLE second (a INTEGER) STRICT;\n" +
+		"INSERT INTO second SELECT 1 FROM executions;\nINSERT INTO nowhere VALUES (1);\n")}
 	before := schemaOf(t, db)
 	err = migrate(t.Context(), db, file, steps)
-	if err == nil || !strings.Contains(err.Error(), "migrate from schema version 1 to 2") {
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("migrate from schema version %d to %d", last, last+1)) {
 		t.Errorf("migrate() = %v, want an error that names both versions", err)
 	}
 	if after := schemaOf(t, db); after != before {
 		t.Errorf("the schema became %s", after)
 	}
-	steps["00002_second.sql"].Data = bytes.Replace(steps["00002_second.sql"].Data, []byte("nowhere"), []byte("second"), 1)
+	steps[next].Data = bytes.Replace(steps[next].Data, []byte("nowhere"), []byte("second"), 1)
 	if err := migrate(t.Context(), db, file, steps); err != nil {
 		t.Fatal(err)
 	}
 	if after := schemaOf(t, db); !strings.Contains(after, "CREATE TABLE second") {
 		t.Errorf("the schema is %s", after)
 	}
-	// And an executord that knows only the first step refuses from now on.
-	if err := migrate(t.Context(), db, file, migrations()); err == nil || !strings.Contains(err.Error(), "schema version 2") {
+	// And an executord that does not know the last step refuses from now on.
+	if err := migrate(t.Context(), db, file, migrations()); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("schema version %d", last+1)) {
 		t.Errorf("migrate() = %v, want a refusal", err)
 	}
+}
+
+// newest is the number of the last migration.
+func newest(t *testing.T) (number int) {
+	t.Helper()
+	names, err := fs.Glob(migrations(), "*.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		var n int
+		if _, err := fmt.Sscanf(name, "%d_", &n); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		number = max(number, n)
+	}
+	return number
 }
 
 func schemaOf(t *testing.T, db *sql.DB) string {
