@@ -8,8 +8,12 @@
 // cursor to the result. When the connection breaks, or executord is restarted, it
 // connects again and goes on behind the last event; it never tells an event twice,
 // never leaves one out unsaid, and at the result it proves by length and CRC-32C
-// that the output is whole. It starts nothing twice: what might have been started
-// is told as ErrUnconfirmed and not repeated.
+// that the output is whole.
+//
+// Execute, Start, Cancel, Delete, CreateSession and TerminateSession give their request
+// a request_id if it has none, and repeat it when the connection broke before the
+// answer: with it the server does nothing twice. Where that goes on for too long the
+// error is ErrUnconfirmed.
 //
 // Errors of the server are gRPC statuses; Reason, Violations, Metadata and Message
 // take them apart. The package starts no goroutine of its own beside gRPC's, and
@@ -38,8 +42,8 @@ const DefaultMaxOutage = 60 * time.Second
 type Config struct {
 	// Address is host:port or unix:PATH; DefaultAddress if empty.
 	Address string
-	// MaxOutage is how long a Stream, Wait and Cancel go on trying when nothing can be
-	// had from the server, counted from the first failure; 0 for DefaultMaxOutage,
+	// MaxOutage is how long a Stream, Wait, Cancel and what else changes something go on
+	// trying when nothing can be had from the server, counted from the first failure; 0 for DefaultMaxOutage,
 	// negative to give up at once. Any message that comes ends the outage.
 	MaxOutage time.Duration
 	// HeartbeatInterval is how long a stream may be silent before the server sends a
@@ -57,7 +61,8 @@ type Config struct {
 
 // Outage is one failed attempt to get on, as Config.OnOutage is told of it.
 type Outage struct {
-	// Execution is the name of the execution that is followed.
+	// Execution is the name of what is followed, or to be changed; empty while it is not
+	// known.
 	Execution string
 	// Attempt counts the failures of this outage, from 1.
 	Attempt int
@@ -155,6 +160,7 @@ func (c *Client) Wait(ctx context.Context, name string) (*executorv1.Execution, 
 // repeated. When ctx ends first it returns context.Cause(ctx); the cancel may then
 // have been heard or not.
 func (c *Client) Cancel(ctx context.Context, request *executorv1.CancelExecutionRequest) (*executorv1.Execution, error) {
+	request = identified(request)
 	var answer *executorv1.CancelExecutionResponse
 	err := c.persist(ctx, request.GetName(), func() (err error) {
 		answer, err = c.executor.CancelExecution(ctx, request)
@@ -188,8 +194,8 @@ func (c *Client) persist(ctx context.Context, name string, call func() error) er
 }
 
 // serviceConfig has gRPC repeat what is unary and only reads, by its name in the
-// AIPs: Get and List. Everything else is not repeated, because it would happen
-// twice, or has its own way to go on (Stream, Wait, Cancel).
+// AIPs: Get and List. Everything else has its own way to go on (Stream, Wait, Start and
+// the like).
 func serviceConfig() (string, error) {
 	type method struct {
 		Service string `json:"service"`

@@ -27,9 +27,10 @@ var (
 	// ErrOutage means that nothing could be had from the server for MaxOutage. The
 	// execution goes on; Watch can go on from Stream.Cursor.
 	ErrOutage = errors.New("the server stayed out of reach")
-	// ErrUnconfirmed means that the request to execute went out and no answer came:
-	// the execution may exist or not.
-	ErrUnconfirmed = errors.New("it is not known whether the execution was started")
+	// ErrUnconfirmed means that a request that changes something went out and no answer
+	// came for MaxOutage, or until the context ended: it may have been carried out or not.
+	// The same request with the same request_id can still find out.
+	ErrUnconfirmed = errors.New("it is not known whether the request was carried out")
 	// ErrClosed is what Recv returns after Stream.Close.
 	ErrClosed = errors.New("the stream is closed")
 )

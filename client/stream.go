@@ -55,16 +55,18 @@ type attempt struct {
 }
 
 // Execute starts a command and follows it. It returns when the execution exists: its
-// Name is known then, and the first event that Recv returns is started. An error is
-// the server's refusal, or ErrUnconfirmed where the connection broke or ctx ended
-// after the request went out. It is never repeated: only what certainly started
-// nothing may be, and that is for the caller to decide. When ctx ends later, the
-// Stream ends and the execution goes on.
+// Name is known then, and the first event that Recv returns is started. When the
+// connection breaks before that, the request is repeated with its request_id, a random
+// one if the caller gave none: it starts nothing twice. An error is the server's refusal,
+// or tells that there is no server, or is ErrUnconfirmed where the outage lasted for
+// MaxOutage or ctx ended after the request went out. When ctx ends later, the Stream ends
+// and the execution goes on.
 func (c *Client) Execute(ctx context.Context, request *executorv1.ExecuteRequest) (*Stream, error) {
 	if request.GetHeartbeatInterval() == nil && c.cfg.HeartbeatInterval != 0 {
 		request = proto.CloneOf(request)
 		request.HeartbeatInterval = durationpb.New(c.cfg.HeartbeatInterval)
 	}
+	request = identified(request)
 	s := c.newStream(ctx, "", nil, request.GetHeartbeatInterval())
 	event, err := s.start(request)
 	if err != nil {
@@ -219,9 +221,36 @@ func (s *Stream) conclude(e *executorv1.Event) {
 	s.whole = false
 }
 
-// start sends the request to execute and waits for the started event.
+// start sends the request to execute and waits for the started event, with as many
+// connections as it takes.
 func (s *Stream) start(request *executorv1.ExecuteRequest) (*executorv1.Event, error) {
-	a, err := s.open(0, func(ctx context.Context) (func() (*executorv1.Event, error), error) {
+	ctx, doubt := s.within(), false
+	for {
+		e, sent, err := s.tryStart(request, doubt)
+		if err == nil {
+			s.lost.over()
+			return e, nil
+		}
+		if s.current != nil {
+			s.current.close()
+			s.current = nil
+		}
+		doubt = doubt || sent && unanswered(ctx, err)
+		if err := doubtful(ctx, &s.lost, doubt, err); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// tryStart is one attempt of start; sent says whether there was a connection to send the
+// request on.
+func (s *Stream) tryStart(request *executorv1.ExecuteRequest, again bool) (e *executorv1.Event, sent bool, err error) {
+	var limit time.Duration
+	if again {
+		limit = max(s.lost.left(), time.Second)
+	}
+	s.books = newLedger(nil)
+	s.current, err = s.open(limit, func(ctx context.Context) (func() (*executorv1.Event, error), error) {
 		stream, err := s.client.executor.Execute(ctx, request)
 		if err != nil {
 			return nil, err
@@ -232,33 +261,23 @@ func (s *Stream) start(request *executorv1.ExecuteRequest) (*executorv1.Event, e
 		}, nil
 	})
 	if err != nil {
-		return nil, err // there was no connection to send it on
+		return nil, false, err
 	}
-	s.current = a
 	for {
 		// How long the server may take to admit a command is between it and ctx.
-		e, err := a.next(0)
+		e, err := s.current.next(0)
 		if err != nil {
-			a.close()
-			// With a reason it is the server's refusal; SLOW_CONSUMER it says of streams
-			// of executions that exist.
-			why := Reason(err)
-			if (why == "" || why == "SLOW_CONSUMER") && (resumable(err) || s.within().Err() != nil) {
-				err = fmt.Errorf("%w: %w", ErrUnconfirmed, err)
-			}
-			return nil, err
+			return nil, true, err
 		}
 		what, err := s.books.admit(e)
 		switch {
 		case err != nil:
-			a.close()
-			return nil, err
+			return nil, true, err
 		case what == beat:
 		case e.GetStarted().GetExecution() == "":
-			a.close()
-			return nil, fmt.Errorf("%w: the first event does not name the execution", ErrProtocol)
+			return nil, true, fmt.Errorf("%w: the first event does not name the execution", ErrProtocol)
 		default:
-			return e, nil
+			return e, true, nil
 		}
 	}
 }

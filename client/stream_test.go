@@ -451,7 +451,7 @@ func TestExecute(t *testing.T) {
 		if len(got) != 5 || got[0].GetStarted().GetExecution() != name || stream.Result().GetExitCode() != 3 || !stream.Whole() {
 			t.Errorf("events %v", got)
 		}
-		if request.GetHeartbeatInterval() != nil {
+		if request.GetHeartbeatInterval() != nil || request.GetRequestId() != "" {
 			t.Error("the caller's request was changed")
 		}
 		if r := s.Calls("Execute")[0].(*executorv1.ExecuteRequest); r.GetHeartbeatInterval().AsDuration() != 7*time.Second {
@@ -486,22 +486,92 @@ func TestExecute(t *testing.T) {
 			t.Errorf("error %v", err)
 		}
 	})
-	t.Run("no answer", func(t *testing.T) {
+	for how, cut := range cuts() {
+		t.Run("no answer: "+how, func(t *testing.T) {
+			t.Parallel()
+			s := clienttest.Start(t)
+			c := dial(t, client.Config{Address: s.Address()})
+			s.Play(cut, cut)
+			stream, err := c.Execute(bounded(t), execute("out a; exit 3"))
+			if how == "draining" { // the server's word that it started nothing
+				if client.Reason(err) != "SERVER_DRAINING" || len(s.Calls("Execute")) != 1 {
+					t.Errorf("error %v after %d calls", err, len(s.Calls("Execute")))
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := drain(stream); err != nil || stream.Result().GetExitCode() != 3 || !stream.Whole() {
+				t.Errorf("result %v, error %v", stream.Result(), err)
+			}
+			calls := s.Calls("Execute")
+			first := calls[0].(*executorv1.ExecuteRequest)
+			if len(calls) != 3 || len(first.GetRequestId()) < 20 || !proto.Equal(first, calls[2]) {
+				t.Errorf("calls %v", calls)
+			}
+			all, err := c.Executor().ListExecutions(bounded(t), &executorv1.ListExecutionsRequest{})
+			if err != nil || len(all.GetExecutions()) != 1 {
+				t.Errorf("%d executions were started, %v", len(all.GetExecutions()), err)
+			}
+		})
+	}
+	t.Run("the caller's request_id", func(t *testing.T) {
 		t.Parallel()
 		s := clienttest.Start(t)
 		c := dial(t, client.Config{Address: s.Address()})
-		s.Play(func(p *clienttest.Play) error { return p.Restart() })
-		_, err := c.Execute(bounded(t), execute("exit 0"))
-		if !errors.Is(err, client.ErrUnconfirmed) || len(s.Calls("Execute")) != 1 {
-			t.Errorf("error %v after %d calls: what may have started must not start again", err, len(s.Calls("Execute")))
+		request := execute("exit 0")
+		request.RequestId = "mine"
+		for range 2 {
+			stream, err := c.Execute(bounded(t), request)
+			if err != nil || stream.Name() != "executions/x1" {
+				t.Fatalf("%v, %v", stream, err)
+			}
+			if _, err := drain(stream); err != nil {
+				t.Error(err)
+			}
+		}
+		request.Labels = map[string]string{"other": "parameters"}
+		if _, err := c.Execute(bounded(t), request); client.Reason(err) != "REQUEST_ID_REUSED" || errors.Is(err, client.ErrUnconfirmed) {
+			t.Errorf("error %v", err)
 		}
 	})
-	t.Run("ends without an event", func(t *testing.T) {
+	t.Run("refused after no answer", func(t *testing.T) {
 		t.Parallel()
 		s := clienttest.Start(t)
 		c := dial(t, client.Config{Address: s.Address()})
+		s.Hook(func(method string, nth int) error {
+			if method == "Execute" && nth == 1 {
+				return status.Error(codes.Unavailable, "reset")
+			}
+			return nil
+		})
+		_, err := c.Execute(bounded(t), execute("refuse NOT_FOUND SESSION_NOT_FOUND parent there is none"))
+		if !client.NotFound(err) || errors.Is(err, client.ErrUnconfirmed) || len(s.Calls("Execute")) != 2 {
+			t.Errorf("error %v after %d calls", err, len(s.Calls("Execute")))
+		}
+	})
+	t.Run("the server does not come back", func(t *testing.T) {
+		t.Parallel()
+		s := clienttest.Start(t)
+		c := dial(t, client.Config{Address: s.Address(), MaxOutage: 300 * time.Millisecond})
+		s.Hook(func(method string, _ int) error {
+			if method == "Execute" {
+				return status.Error(codes.Unavailable, "reset")
+			}
+			return nil
+		})
+		_, err := c.Execute(bounded(t), execute("exit 0"))
+		if !errors.Is(err, client.ErrUnconfirmed) || !errors.Is(err, client.ErrOutage) || len(s.Calls("Execute")) < 2 {
+			t.Errorf("error %v after %d calls", err, len(s.Calls("Execute")))
+		}
+	})
+	t.Run("no patience", func(t *testing.T) {
+		t.Parallel()
+		s := clienttest.Start(t)
+		c := dial(t, client.Config{Address: s.Address(), MaxOutage: -1})
 		s.Play(func(*clienttest.Play) error { return nil })
-		if _, err := c.Execute(bounded(t), execute("exit 0")); !errors.Is(err, client.ErrUnconfirmed) {
+		if _, err := c.Execute(bounded(t), execute("exit 0")); !errors.Is(err, client.ErrUnconfirmed) || len(s.Calls("Execute")) != 1 {
 			t.Errorf("error %v", err)
 		}
 	})

@@ -289,7 +289,9 @@ func (s *Server) script() Script {
 
 // Execute implements ExecutorService.
 func (s *Server) Execute(r *executorv1.ExecuteRequest, stream executorv1.ExecutorService_ExecuteServer) error {
-	x, err := s.start(r.GetParent(), r.GetCommand(), r.GetLimits(), r.GetOutputPolicy(), r.GetLabels())
+	x, err := once(s, r, func() (*execution, error) {
+		return s.start(r.GetParent(), r.GetCommand(), r.GetLimits(), r.GetOutputPolicy(), r.GetLabels())
+	})
 	if err != nil {
 		return err
 	}
@@ -311,7 +313,9 @@ func (s *Server) WatchExecution(r *executorv1.WatchExecutionRequest, stream exec
 
 // StartExecution implements ExecutorService.
 func (s *Server) StartExecution(_ context.Context, r *executorv1.StartExecutionRequest) (*executorv1.StartExecutionResponse, error) {
-	x, err := s.start(r.GetParent(), r.GetCommand(), r.GetLimits(), r.GetOutputPolicy(), r.GetLabels())
+	x, err := once(s, r, func() (*execution, error) {
+		return s.start(r.GetParent(), r.GetCommand(), r.GetLimits(), r.GetOutputPolicy(), r.GetLabels())
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -423,16 +427,18 @@ func (s *Server) CancelExecution(ctx context.Context, r *executorv1.CancelExecut
 
 // DeleteExecution implements ExecutorService.
 func (s *Server) DeleteExecution(_ context.Context, r *executorv1.DeleteExecutionRequest) (*executorv1.DeleteExecutionResponse, error) {
-	x, err := s.execution(r.GetName())
-	if err != nil {
-		return nil, err
-	}
-	record, _, _ := x.snapshot()
-	if record.GetState() != executorv1.Execution_STATE_ENDED {
-		return nil, Error(codes.FailedPrecondition, "EXECUTION_NOT_ENDED", nil, r.GetName()+" has not ended")
-	}
-	s.mu.Lock()
-	x.name = "" // its number stays taken
-	s.mu.Unlock()
-	return &executorv1.DeleteExecutionResponse{}, nil
+	return once(s, r, func() (*executorv1.DeleteExecutionResponse, error) {
+		x, err := s.execution(r.GetName())
+		if err != nil {
+			return nil, err
+		}
+		record, _, _ := x.snapshot()
+		if record.GetState() != executorv1.Execution_STATE_ENDED {
+			return nil, Error(codes.FailedPrecondition, "EXECUTION_NOT_ENDED", nil, r.GetName()+" has not ended")
+		}
+		s.mu.Lock()
+		x.name = "" // its number stays taken
+		s.mu.Unlock()
+		return &executorv1.DeleteExecutionResponse{}, nil
+	})
 }

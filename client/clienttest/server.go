@@ -42,6 +42,7 @@ type Server struct {
 
 	address  string
 	programs sync.WaitGroup
+	requests requests
 
 	mu         sync.Mutex
 	grpc       *grpc.Server
@@ -50,7 +51,7 @@ type Server struct {
 	sessions   []*session
 	info       *executorv1.GetServerInfoResponse
 	calls      map[string][]proto.Message
-	hook       func(method string, nth int) error
+	hook, lose func(method string, nth int) error
 	scripts    []Script
 	agent      string
 	closed     bool
@@ -193,6 +194,15 @@ func (s *Server) Hook(f func(method string, nth int) error) {
 	s.hook = f
 }
 
+// Lose has f called behind each unary call that was carried out, with the method's name
+// and the count of its calls from 1; an error is told in the place of the answer. nil
+// removes it.
+func (s *Server) Lose(f func(method string, nth int) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lose = f
+}
+
 // Play gives scripts to the streams (Execute, WatchExecution) that are opened next,
 // one each. Later streams are honest.
 func (s *Server) Play(scripts ...Script) {
@@ -242,10 +252,18 @@ func (s *Server) unary(ctx context.Context, request any, call *grpc.UnaryServerI
 	if !ok {
 		return nil, status.Error(codes.Internal, "not a message")
 	}
-	if err := s.enter(ctx, method(call.FullMethod), message); err != nil {
+	name := method(call.FullMethod)
+	if err := s.enter(ctx, name, message); err != nil {
 		return nil, err
 	}
-	return handle(ctx, request)
+	answer, err := handle(ctx, request)
+	s.mu.Lock()
+	nth, lose := len(s.calls[name]), s.lose
+	s.mu.Unlock()
+	if err == nil && lose != nil {
+		err = lose(name, nth)
+	}
+	return answer, err
 }
 
 // stream does for streams what unary does: the request shows when the handler reads it.

@@ -40,6 +40,14 @@ func (s *Server) session(name string) (*session, error) {
 
 // CreateSession implements SessionService.
 func (s *Server) CreateSession(_ context.Context, r *executorv1.CreateSessionRequest) (*executorv1.CreateSessionResponse, error) {
+	x, err := once(s, r, func() (*session, error) { return s.create(r), nil })
+	if err != nil {
+		return nil, err
+	}
+	return &executorv1.CreateSessionResponse{Session: x.record()}, nil
+}
+
+func (s *Server) create(r *executorv1.CreateSessionRequest) *session {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	id := len(s.sessions) + 1
@@ -53,7 +61,7 @@ func (s *Server) CreateSession(_ context.Context, r *executorv1.CreateSessionReq
 		Lifetime: durationpb.New(lifetime), CreateTime: at(0), ExpireTime: timestamppb.New(zero().Add(lifetime)),
 	}}
 	s.sessions = append(s.sessions, x)
-	return &executorv1.CreateSessionResponse{Session: proto.CloneOf(x.state)}, nil
+	return x
 }
 
 // GetSession implements SessionService.

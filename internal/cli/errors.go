@@ -77,7 +77,7 @@ func (a *app) hint(err error) string {
 	}
 	switch {
 	case errors.Is(err, client.ErrUnconfirmed):
-		return "executorctl executions list shows whether it was started"
+		return "executorctl executions list and session list show what became of it"
 	case errors.Is(err, client.ErrHole), errors.Is(err, client.ErrProtocol):
 		return "the server may be older or newer than this executorctl; compare executorctl version and executorctl admin info"
 	}

@@ -71,31 +71,41 @@ func commandLine(c *executorv1.Command) string {
 func (a *app) executionsList() *cobra.Command {
 	var session string
 	var limit int
+	var choice listFlags
 	cmd := formats(&cobra.Command{
 		Use:     "list",
 		Aliases: []string{"ls"},
 		Short:   "List executions, the newest first",
-		Args:    none,
+		Long:    "List executions, the newest first.\n\n" + filterHelp("state, reason"),
+		Example: `  executorctl executions list --state running --label user=ada
+  executorctl executions list --filter 'reason = OOM_KILLED AND end_time > "2026-11-25T00:00:00Z"'`,
+		Args: none,
 	}, "table", "json", "yaml", "jsonl", "name")
 	cmd.Flags().StringVar(&session, "session", "", `only those of this session; "-" for those of all sessions`)
 	cmd.Flags().IntVar(&limit, "limit", 100, "the most to list; 0 for all")
+	choice.bind(cmd, "starting", "running", "stopping", "ended")
 	cmd.RunE = a.call(func(ctx context.Context, c *client.Client, _ []string) error {
+		filter, err := choice.filter()
+		if err != nil {
+			return err
+		}
 		parent := ""
 		if session != "" {
-			var err error
 			if parent, err = sessionName(session); err != nil {
 				return err
 			}
 		}
 		all, more, err := pages(limit, func(size int32, token string) ([]*executorv1.Execution, string, error) {
-			answer, err := c.Executor().ListExecutions(ctx, &executorv1.ListExecutionsRequest{Parent: parent, PageSize: size, PageToken: token})
+			answer, err := c.Executor().ListExecutions(ctx, &executorv1.ListExecutionsRequest{
+				Parent: parent, PageSize: size, PageToken: token, Filter: filter, OrderBy: choice.orderBy,
+			})
 			return answer.GetExecutions(), answer.GetNextPageToken(), err
 		})
 		if err != nil {
 			return fmt.Errorf("list executions: %w", err)
 		}
 		if more && !cmd.Flags().Changed("limit") {
-			defer a.say("older ones are left out; --limit 0 lists all")
+			defer a.say("%s", choice.leftOut())
 		}
 		return printAll(a, all, executionColumns())
 	})
@@ -312,11 +322,11 @@ func (a *app) executionsDelete() *cobra.Command {
 		// One that cannot be deleted does not keep the others.
 		var failed error
 		for _, name := range names {
-			if _, err := c.Executor().DeleteExecution(ctx, &executorv1.DeleteExecutionRequest{Name: name}); err != nil {
+			if err := c.Delete(ctx, &executorv1.DeleteExecutionRequest{Name: name}); err != nil {
 				if failed != nil {
 					a.say("%s", client.Message(failed))
 				}
-				failed = fmt.Errorf("delete %s: %w", name, err)
+				failed = err
 				continue
 			}
 			if err := a.line([]byte(name)); err != nil {

@@ -11,6 +11,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/harvest-run/executord/client/clienttest"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 )
@@ -108,7 +110,7 @@ func TestCtrlCBeforeItExists(t *testing.T) {
 		f.interrupt()
 		f.interrupt()
 		f.end(t, 130, "", "executorctl: cancelling; ctrl-c again leaves it\n"+
-			"executorctl: execute: it is not known whether the execution was started: left by ctrl-c\n")
+			"executorctl: execute: it is not known whether the request was carried out: left by ctrl-c\n")
 		release <- struct{}{}
 	})
 }
@@ -294,7 +296,12 @@ func TestFlagsReachTheRequest(t *testing.T) {
 	if got := (invocation{args: command(line), env: []string{"FROM_HERE=yes"}}).run(t, s); got.code != 0 {
 		t.Fatalf("exit code %d, stderr %q", got.code, got.stderr)
 	}
-	got, err := protoJSON(s.Calls("Execute")[0])
+	request, ok := proto.Clone(s.Calls("Execute")[0]).(*executorv1.ExecuteRequest)
+	if !ok || request.GetRequestId() == "" {
+		t.Errorf("request %v cannot be repeated", request)
+	}
+	request.RequestId = ""
+	got, err := protoJSON(request)
 	if err != nil {
 		t.Fatal(err)
 	}

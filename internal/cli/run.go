@@ -272,16 +272,16 @@ func (a *app) execute(r *executorv1.ExecuteRequest, detach bool) func(*cobra.Com
 }
 
 func (a *app) startDetached(ctx context.Context, c *client.Client, r *executorv1.ExecuteRequest) error {
-	answer, err := c.Executor().StartExecution(ctx, &executorv1.StartExecutionRequest{
+	e, err := c.Start(ctx, &executorv1.StartExecutionRequest{
 		Parent: r.GetParent(), Command: r.GetCommand(), Limits: r.GetLimits(), OutputPolicy: r.GetOutputPolicy(), Labels: r.GetLabels(),
 	})
 	if err != nil {
-		return fmt.Errorf("start: %w", err)
+		return err
 	}
 	if a.format == "raw" {
-		return a.line([]byte(answer.GetExecution().GetName()))
+		return a.line([]byte(e.GetName()))
 	}
-	text, err := protoJSON(answer.GetExecution())
+	text, err := protoJSON(e)
 	if err != nil {
 		return err
 	}

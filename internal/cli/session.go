@@ -58,11 +58,10 @@ func (a *app) sessionCreate() *cobra.Command {
 		if r.Labels, err = parseLabels(labels); err != nil {
 			return err
 		}
-		created, err := c.Sessions().CreateSession(ctx, r)
+		s, err := c.CreateSession(ctx, r)
 		if err != nil {
-			return fmt.Errorf("create a session: %w", err)
+			return err
 		}
-		s := created.GetSession()
 		for !noWait && s.GetState() == executorv1.Session_STATE_STARTING {
 			answer, err := c.Sessions().GetSession(ctx, &executorv1.GetSessionRequest{Name: s.GetName(), Wait: durationpb.New(time.Minute)})
 			if err != nil {
@@ -84,24 +83,37 @@ func (a *app) sessionCreate() *cobra.Command {
 func (a *app) sessionList() *cobra.Command {
 	var all bool
 	var limit int
+	var choice listFlags
 	cmd := formats(&cobra.Command{
-		Use:     "list",
+		Use:   "list",
+		Short: "List sessions, the newest first",
+		Long:  "List sessions, the newest first.\n\n" + filterHelp("state, end_reason"),
+		Example: `  executorctl session list --label user=ada
+  executorctl session list --state terminated --filter 'end_reason = EXPIRED'`,
 		Aliases: []string{"ls"},
-		Short:   "List sessions, the newest first",
 		Args:    none,
 	}, "table", "json", "yaml", "jsonl", "name")
 	cmd.Flags().BoolVar(&all, "all", false, "also those that have ended")
 	cmd.Flags().IntVar(&limit, "limit", 100, "the most to list; 0 for all")
+	choice.bind(cmd, "starting", "running", "terminating", "terminated")
 	cmd.RunE = a.call(func(ctx context.Context, c *client.Client, _ []string) error {
+		filter, err := choice.filter()
+		if err != nil {
+			return err
+		}
+		// Who asks for those that have ended means them.
+		all := all || strings.EqualFold(choice.state, "terminated")
 		sessions, more, err := pages(limit, func(size int32, token string) ([]*executorv1.Session, string, error) {
-			answer, err := c.Sessions().ListSessions(ctx, &executorv1.ListSessionsRequest{PageSize: size, PageToken: token, ShowTerminated: all})
+			answer, err := c.Sessions().ListSessions(ctx, &executorv1.ListSessionsRequest{
+				PageSize: size, PageToken: token, ShowTerminated: all, Filter: filter, OrderBy: choice.orderBy,
+			})
 			return answer.GetSessions(), answer.GetNextPageToken(), err
 		})
 		if err != nil {
 			return fmt.Errorf("list sessions: %w", err)
 		}
 		if more && !cmd.Flags().Changed("limit") {
-			defer a.say("older ones are left out; --limit 0 lists all")
+			defer a.say("%s", choice.leftOut())
 		}
 		return printAll(a, sessions, sessionColumns())
 	})
@@ -131,11 +143,11 @@ func (a *app) sessionTerminate() *cobra.Command {
 		Args:  exactly("SESSION"),
 	}, "table", "json", "yaml", "jsonl", "name")
 	cmd.RunE = a.onSession(func(ctx context.Context, c *client.Client, name string) error {
-		answer, err := c.Sessions().TerminateSession(ctx, &executorv1.TerminateSessionRequest{Name: name, Requester: a.who("executorctl")})
+		s, err := c.TerminateSession(ctx, &executorv1.TerminateSessionRequest{Name: name, Requester: a.who("executorctl")})
 		if err != nil {
-			return fmt.Errorf("terminate %s: %w", name, err)
+			return err
 		}
-		return printOne(a, answer.GetSession(), sessionColumns())
+		return printOne(a, s, sessionColumns())
 	})
 	return cmd
 }
