@@ -22,6 +22,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/filter"
 	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/idempotency/idempotencytest"
 )
@@ -522,3 +523,15 @@ func (b *lockedBuffer) String() string {
 }
 
 func ptr[T any](v T) *T { return &v }
+
+func parseFilter(t *testing.T, text string) filter.Filter {
+	t.Helper()
+	f, err := filter.Parse(text, filter.Schema{
+		Enums: map[string][]string{"state": {"STARTING", "RUNNING", "STOPPING", "ENDED"}, "reason": {"EXITED", "CANCELLED"}},
+		Maps:  []string{"labels"}, Times: []string{"create_time", "end_time"},
+	})
+	if err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	return f
+}

@@ -48,9 +48,9 @@ type ExecuteRequest struct {
 	// is advised; empty for none. It is remembered for 24 h, also over a crash, together
 	// with what the call made. A repeat with the same parameters joins: it starts
 	// nothing and streams the same execution from its first event, whatever became of
-	// that, START_FAILED included (which is what remains when executord died before the
-	// command was started); NOT_FOUND if it has been deleted. heartbeat_interval may
-	// differ. With other parameters or of another method: ALREADY_EXISTS, reason
+	// that, also START_FAILED or SANDBOX_LOST (which are what remains when executord died
+	// before the command was started); NOT_FOUND if it has been deleted.
+	// heartbeat_interval may differ. With other parameters or of another method: ALREADY_EXISTS, reason
 	// REQUEST_ID_REUSED. What was refused is not remembered.
 	RequestId     string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
