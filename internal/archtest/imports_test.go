@@ -103,6 +103,16 @@ func rules() []rule {
 			never: []string{"./internal/execution/...", "./internal/engine/...", "./internal/store/...", "google.golang.org/grpc/..."},
 			why:   "the log keeps records, whatever they are of",
 		},
+		{
+			of:   []string{"./internal/filter"},
+			ours: []string{}, modules: []string{},
+			why: "a filter is data, whatever is filtered and wherever that is kept",
+		},
+		{
+			of:   []string{"./internal/idempotency/..."},
+			ours: []string{"./internal/fault"}, modules: []string{},
+			why: "whatever can be repeated, it is remembered in the same way",
+		},
 	}
 }
 
