@@ -19,8 +19,9 @@ type Executions interface {
 	Start(ctx context.Context, r execution.Request) (execution.Execution, error)
 	// Get reads one.
 	Get(ctx context.Context, ref execution.Ref) (execution.Execution, error)
-	// List reads a page.
-	List(ctx context.Context, q execution.Query) ([]execution.Execution, error)
+	// List reads a page. next is the id behind which to go on if looking for more would
+	// have taken too long, "" otherwise.
+	List(ctx context.Context, q execution.Query) (page []execution.Execution, next string, err error)
 	// Wait returns one when it has ended. When ctx ends first it returns it as it is,
 	// and ctx's cause.
 	Wait(ctx context.Context, ref execution.Ref) (execution.Execution, error)
@@ -159,13 +160,16 @@ func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.Li
 	} else if query.Session, err = parseParent(req.GetParent()); err != nil {
 		return nil, err
 	}
-	found, err := s.executions.List(ctx, query)
+	found, behind, err := s.executions.List(ctx, query)
 	if err != nil {
 		return nil, err
 	}
 	page, next := cutPage(found, size, func(last execution.Execution) string {
 		return s.tokens.encode(list, last.ID)
 	})
+	if behind != "" {
+		next = s.tokens.encode(list, behind)
+	}
 	resp := &executorv1.ListExecutionsResponse{
 		Executions:    make([]*executorv1.Execution, len(page)),
 		NextPageToken: next,

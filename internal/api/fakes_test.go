@@ -39,6 +39,8 @@ type fakeExecutions struct {
 	queries       []execution.Query
 	// keys are those of all requests that change something.
 	keys []idempotency.Key
+	// short is how many List finds before it gives up looking; 0 for all.
+	short int
 	// watchers counts those that are open.
 	watchers int
 	// onStart writes the log of a new execution; nil leaves it empty.
@@ -134,9 +136,9 @@ func (f *fakeExecutions) Get(ctx context.Context, ref execution.Ref) (execution.
 	return l.read(), nil
 }
 
-func (f *fakeExecutions) List(ctx context.Context, q execution.Query) ([]execution.Execution, error) {
+func (f *fakeExecutions) List(ctx context.Context, q execution.Query) ([]execution.Execution, string, error) {
 	if err := f.before(ctx, "List"); err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -152,7 +154,10 @@ func (f *fakeExecutions) List(ctx context.Context, q execution.Query) ([]executi
 		}
 	}
 	slices.SortFunc(found, func(a, b execution.Execution) int { return -compare(a.ID, b.ID) })
-	return found[:min(len(found), q.Limit)], nil
+	if f.short > 0 && f.short < len(found) {
+		return found[:f.short], found[f.short].ID + "x", nil // it goes on with the next
+	}
+	return found[:min(len(found), q.Limit)], "", nil
 }
 
 func compare(a, b string) int { return bytes.Compare([]byte(a), []byte(b)) }
@@ -369,6 +374,8 @@ type fakeSessions struct {
 	requesters []string
 	queries    []session.Query
 	keys       []idempotency.Key
+	// short is as in fakeExecutions.
+	short int
 	// started lets WaitStarted return.
 	started chan struct{}
 	err     error
@@ -421,9 +428,9 @@ func (f *fakeSessions) WaitStarted(ctx context.Context, id string) (session.Sess
 	}
 }
 
-func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Session, error) {
+func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Session, string, error) {
 	if f.err != nil {
-		return nil, f.err
+		return nil, "", f.err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -435,7 +442,10 @@ func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Sessi
 		}
 	}
 	slices.SortFunc(found, func(a, b session.Session) int { return -compare(a.ID, b.ID) })
-	return found[:min(len(found), q.Limit)], nil
+	if f.short > 0 && f.short < len(found) {
+		return found[:f.short], found[f.short].ID + "x", nil // it goes on with the next
+	}
+	return found[:min(len(found), q.Limit)], "", nil
 }
 
 func (f *fakeSessions) Terminate(ctx context.Context, id, requester string, key idempotency.Key) (session.Session, error) {

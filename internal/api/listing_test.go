@@ -260,3 +260,45 @@ func FuzzReadMask(f *testing.F) {
 		mask.apply(&executorv1.Execution{Name: "executions/e1", Result: &executorv1.Result{Detail: "x"}, Labels: map[string]string{"a": "b"}})
 	})
 }
+
+// TestShortPages: a page for which looking took too long is told as it is, and the token
+// goes on where that ended.
+func TestShortPages(t *testing.T) {
+	b := newBench(t)
+	b.executions.short, b.sessions.short = 2, 2
+	for _, id := range []string{"e1", "e2", "e3", "e4", "e5"} {
+		b.executions.add(execution.Execution{ID: id})
+		b.sessions.put(session.Session{ID: id, State: session.Running})
+	}
+	var executions, sessions []string
+	for token := ""; ; {
+		page, err := b.executor.ListExecutions(t.Context(), &executorv1.ListExecutionsRequest{PageToken: token, Filter: "labels.x != y"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range page.GetExecutions() {
+			executions = append(executions, e.GetName())
+		}
+		if token = page.GetNextPageToken(); token == "" {
+			break
+		}
+	}
+	for token := ""; ; {
+		page, err := b.session.ListSessions(t.Context(), &executorv1.ListSessionsRequest{PageToken: token, Filter: "labels.x != y"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range page.GetSessions() {
+			sessions = append(sessions, s.GetName())
+		}
+		if token = page.GetNextPageToken(); token == "" {
+			break
+		}
+	}
+	if got := strings.Join(executions, " "); got != "executions/e5 executions/e4 executions/e3 executions/e2 executions/e1" {
+		t.Errorf("executions %s", got)
+	}
+	if got := strings.Join(sessions, " "); got != "sessions/e5 sessions/e4 sessions/e3 sessions/e2 sessions/e1" {
+		t.Errorf("sessions %s", got)
+	}
+}

@@ -18,8 +18,9 @@ type Sessions interface {
 	// WaitStarted returns one when it has left Starting. When ctx ends first it returns
 	// it as it is, and ctx's cause.
 	WaitStarted(ctx context.Context, id string) (session.Session, error)
-	// List reads a page.
-	List(ctx context.Context, q session.Query) ([]session.Session, error)
+	// List reads a page. next is the id behind which to go on if looking for more would
+	// have taken too long, "" otherwise.
+	List(ctx context.Context, q session.Query) (page []session.Session, next string, err error)
 	// Terminate ends one and returns it when its sandbox is gone. When ctx ends first
 	// the ending goes on.
 	Terminate(ctx context.Context, id, requester string, key idempotency.Key) (session.Session, error)
@@ -106,13 +107,16 @@ func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListS
 	if query.Before, err = s.tokens.decode(list, req.GetPageToken()); err != nil {
 		return nil, err
 	}
-	found, err := s.sessions.List(ctx, query)
+	found, behind, err := s.sessions.List(ctx, query)
 	if err != nil {
 		return nil, err
 	}
 	page, next := cutPage(found, size, func(last session.Session) string {
 		return s.tokens.encode(list, last.ID)
 	})
+	if behind != "" {
+		next = s.tokens.encode(list, behind)
+	}
 	resp := &executorv1.ListSessionsResponse{
 		Sessions:      make([]*executorv1.Session, len(page)),
 		NextPageToken: next,

@@ -12,10 +12,6 @@ import (
 	"github.com/harvest-run/executord/internal/filter"
 )
 
-// minFetch is how many records a filtered page reads at a time at least: of those that
-// run, the store cannot tell which fit.
-const minFetch = 100
-
 // newID makes an id that sorts by time.
 func newID(now time.Time) string {
 	return strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
@@ -23,46 +19,46 @@ func newID(now time.Time) string {
 
 // List reads a page of executions, each as it is now. What the Filter says of state,
 // reason and end_time it says of that: the store, which learns of them later, only
-// answers for those that have ended.
-func (s *Service) List(ctx context.Context, q Query) ([]Execution, error) {
+// answers for those that have ended. next is "" unless looking for a whole page would
+// have taken too long; then the list goes on behind the execution with that id.
+func (s *Service) List(ctx context.Context, q Query) (page []Execution, next string, err error) {
 	if len(q.Filter.Terms) == 0 {
-		page, err := s.cfg.Store.ListExecutions(ctx, q)
+		page, err = s.cfg.Store.ListExecutions(ctx, q)
 		for i, e := range page {
 			if r, ok := s.find(e.ID); ok {
 				page[i] = r.snapshot()
 			}
 		}
-		return page, err
+		return page, "", err
 	}
 	q.MinID, q.MaxID = idsBetween(q.Filter)
 	q.Unfinished = slices.ContainsFunc(q.Filter.Terms, func(t filter.Term) bool {
 		return t.Field == "state" && (t.Text == Ended.String()) == (t.Op == filter.NotEqual)
 	})
-	var found []Execution
-	next := q
-	for {
-		next.Limit = max(q.Limit-len(found), minFetch)
-		page, err := s.cfg.Store.ListExecutions(ctx, next)
-		if err != nil {
-			return nil, err
-		}
-		for _, e := range page {
-			e, ok, err := s.present(ctx, e)
-			if err != nil {
-				return nil, err
+	return filter.Page(ctx, filter.Source[Execution]{
+		Window: func(ctx context.Context, before string, size int) (string, error) {
+			piece := q
+			piece.Before, piece.Limit = before, size
+			return s.cfg.Store.ExecutionsWindow(ctx, piece)
+		},
+		Read: func(ctx context.Context, before, end string, limit int) ([]Execution, error) {
+			piece := q
+			piece.Before, piece.Limit = before, limit
+			switch {
+			case end == "":
+			case q.Ascending:
+				piece.MaxID = end
+			default:
+				piece.MinID = end
 			}
-			if ok && q.Filter.Match(row{e}) {
-				found = append(found, e)
-			}
-			if len(found) == q.Limit {
-				return found, nil
-			}
-		}
-		if len(page) < next.Limit {
-			return found, nil
-		}
-		next.Before = page[len(page)-1].ID
-	}
+			return s.cfg.Store.ListExecutions(ctx, piece)
+		},
+		Present: func(ctx context.Context, e Execution) (Execution, bool, error) {
+			e, there, err := s.present(ctx, e)
+			return e, there && q.Filter.Match(row{e}), err
+		},
+		ID: func(e Execution) string { return e.ID },
+	}, q.Before, q.Limit)
 }
 
 // present returns a record of the store as it is now; false if it is gone.

@@ -28,6 +28,9 @@ type Store interface {
 	// ListExecutions reads a page, in the order of ids. Of a filter's terms on what can
 	// still change it lets every execution through that is not Ended in the store.
 	ListExecutions(ctx context.Context, q Query) ([]Execution, error)
+	// ExecutionsWindow returns the id of the Limit-th execution of a page, "" if there are
+	// fewer. Of a filter it may heed what an index serves, and need not.
+	ExecutionsWindow(ctx context.Context, q Query) (string, error)
 	// UnfinishedExecutions reads all that are not Ended, the oldest first.
 	UnfinishedExecutions(ctx context.Context) ([]Execution, error)
 	// DeleteExecution removes one, at once; a fault NotFound if there is none.

@@ -103,13 +103,21 @@ func (m *memory) ListSessions(_ context.Context, q session.Query) (page []sessio
 		}
 		for _, id := range ids {
 			s := m.records[id]
-			if (q.Before == "" || (id < q.Before) != q.Ascending && id != q.Before) && (q.Terminated || s.State != session.Terminated) && len(page) < q.Limit {
+			if (q.Before == "" || (id < q.Before) != q.Ascending && id != q.Before) && (q.Last == "" || (id > q.Last) != q.Ascending || id == q.Last) && (q.Terminated || s.State != session.Terminated) && len(page) < q.Limit {
 				page = append(page, s)
 			}
 		}
 		return nil
 	})
 	return page, err
+}
+
+func (m *memory) SessionsWindow(ctx context.Context, q session.Query) (string, error) {
+	page, err := m.ListSessions(ctx, q)
+	if err != nil || len(page) < q.Limit {
+		return "", err
+	}
+	return page[len(page)-1].ID, nil
 }
 
 func (m *memory) UnfinishedSessions(context.Context) (all []session.Session, err error) {
@@ -177,6 +185,15 @@ type rig struct {
 // Terminate ends a session by a request without a name.
 func (r *rig) Terminate(ctx context.Context, id, requester string) (session.Session, error) {
 	return r.Service.Terminate(ctx, id, requester, idempotency.Key{})
+}
+
+// List reads a page that takes no time to find.
+func (r *rig) List(ctx context.Context, q session.Query) ([]session.Session, error) {
+	page, next, err := r.Service.List(ctx, q)
+	if next != "" {
+		r.t.Errorf("the page ends at %s", next)
+	}
+	return page, err
 }
 
 func newRig(t *testing.T, hooks enginefake.Hooks) *rig {

@@ -6,50 +6,40 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/filter"
 )
-
-// minFetch is how many records a filtered page reads at a time at least: of those that
-// live, the store cannot tell which fit.
-const minFetch = 100
 
 // List reads a page of sessions, each as it is now. What the Filter says of state,
 // end_reason and end_time it says of that: the store, which learns of some later, only
-// answers for those that have ended.
-func (s *Service) List(ctx context.Context, q Query) ([]Session, error) {
+// answers for those that have ended. next is "" unless looking for a whole page would
+// have taken too long; then the list goes on behind the session with that id.
+func (s *Service) List(ctx context.Context, q Query) (page []Session, next string, err error) {
 	if len(q.Filter.Terms) == 0 {
-		page, err := s.cfg.Store.ListSessions(ctx, q)
+		page, err = s.cfg.Store.ListSessions(ctx, q)
 		for i, record := range page {
 			if l, ok := s.find(record.ID); ok {
 				page[i] = l.snapshot()
 			}
 		}
-		return page, err
+		return page, "", err
 	}
-	var found []Session
-	next := q
-	for {
-		next.Limit = max(q.Limit-len(found), minFetch)
-		page, err := s.cfg.Store.ListSessions(ctx, next)
-		if err != nil {
-			return nil, err
-		}
-		for _, record := range page {
-			record, ok, err := s.present(ctx, record)
-			if err != nil {
-				return nil, err
-			}
-			if ok && (q.Terminated || record.State != Terminated) && q.Filter.Match(row{record}) {
-				found = append(found, record)
-			}
-			if len(found) == q.Limit {
-				return found, nil
-			}
-		}
-		if len(page) < next.Limit {
-			return found, nil
-		}
-		next.Before = page[len(page)-1].ID
-	}
+	return filter.Page(ctx, filter.Source[Session]{
+		Window: func(ctx context.Context, before string, size int) (string, error) {
+			piece := q
+			piece.Before, piece.Limit = before, size
+			return s.cfg.Store.SessionsWindow(ctx, piece)
+		},
+		Read: func(ctx context.Context, before, end string, limit int) ([]Session, error) {
+			piece := q
+			piece.Before, piece.Last, piece.Limit = before, end, limit
+			return s.cfg.Store.ListSessions(ctx, piece)
+		},
+		Present: func(ctx context.Context, record Session) (Session, bool, error) {
+			record, there, err := s.present(ctx, record)
+			return record, there && (q.Terminated || record.State != Terminated) && q.Filter.Match(row{record}), err
+		},
+		ID: func(record Session) string { return record.ID },
+	}, q.Before, q.Limit)
 }
 
 // present returns a record of the store as it is now; false if it is gone.

@@ -82,6 +82,9 @@ type Store interface {
 	// ListSessions reads a page, in the order of ids. Of a filter's terms on what can still
 	// change it lets every session through that is not Terminated in the store.
 	ListSessions(ctx context.Context, q Query) ([]Session, error)
+	// SessionsWindow returns the id of the Limit-th session of a page, whatever the filter
+	// says, "" if there are fewer.
+	SessionsWindow(ctx context.Context, q Query) (string, error)
 	// UnfinishedSessions reads all that are not Terminated, the oldest first.
 	UnfinishedSessions(ctx context.Context) ([]Session, error)
 }
@@ -99,4 +102,6 @@ type Query struct {
 	Filter filter.Filter
 	// Ascending begins with the oldest.
 	Ascending bool
+	// Last is the id of the last one to look at; "" for the last there is.
+	Last string
 }

@@ -1,6 +1,10 @@
 package store
 
 import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
 	"strings"
 
 	"github.com/harvest-run/executord/internal/execution"
@@ -25,20 +29,26 @@ func (q *query) where(condition string, args ...any) {
 	q.and = " AND "
 }
 
-// page adds where the page begins, the order and the limit.
-func (q *query) page(id, last string, ascending bool, limit int) (string, []any) {
-	order := " ORDER BY " + id + " DESC LIMIT ?"
+// behind adds where a page begins.
+func (q *query) behind(id, last string, ascending bool) {
 	if ascending {
-		order = " ORDER BY " + id + " LIMIT ?"
 		q.where(id+" > ?", last)
-	} else {
-		if last == "" {
-			last = afterAll
-		}
-		q.where(id+" < ?", last)
+		return
 	}
-	q.text.WriteString(order)
-	return q.text.String(), append(q.args, limit)
+	if last == "" {
+		last = afterAll
+	}
+	q.where(id+" < ?", last)
+}
+
+// page adds the order and how much of it is wanted.
+func (q *query) page(id string, ascending bool, limit string, n int) (string, []any) {
+	order := " DESC "
+	if ascending {
+		order = " "
+	}
+	q.text.WriteString(" ORDER BY " + id + order + limit)
+	return q.text.String(), append(q.args, n)
 }
 
 // columns says how the fields of a filter are found in a table.
@@ -93,15 +103,35 @@ func selectByLabel() string {
 
 // executionsQuery is the query of a page that no prepared statement reads.
 func executionsQuery(p execution.Query) (string, []any) {
-	q := query{and: " WHERE "}
-	q.text.WriteString(selectExecution)
-	id := "id"
-	terms := p.Filter
-	if label, rest, ok := takeLabel(p.Filter); ok {
-		q.text.Reset()
-		q.text.WriteString(selectByLabel())
+	q, id, terms := chooseExecutions(p, selectExecution, selectByLabel())
+	q.filter(terms, columns{
+		reason: "json_extract(result, '$.reason')", unfinished: "state < 4",
+		state: func(name string) int64 { return int64(execution.StateOf(name)) },
+	})
+	q.behind(id, p.Before, p.Ascending)
+	return q.page(id, p.Ascending, "LIMIT ?", p.Limit)
+}
+
+// executionsWindow is the query of the id at which a page ends that is not filtered but
+// by what an index serves.
+func executionsWindow(p execution.Query) (string, []any) {
+	q, id, _ := chooseExecutions(p, "SELECT id FROM executions ", "SELECT execution FROM execution_labels CROSS JOIN executions ON id = execution")
+	q.behind(id, p.Before, p.Ascending)
+	return q.page(id, p.Ascending, "LIMIT 1 OFFSET ?", p.Limit-1)
+}
+
+// chooseExecutions begins a query with what indexes serve. It returns the column of the
+// ids and what of the filter is left to do.
+func chooseExecutions(p execution.Query, all, byLabel string) (q *query, id string, rest filter.Filter) {
+	q = &query{and: " WHERE "}
+	label, rest, ok := takeLabel(p.Filter)
+	if ok {
+		q.text.WriteString(byLabel)
 		q.where("execution_labels.name = ? AND execution_labels.value = ?", label.Key, label.Text)
-		id, terms = "execution", rest
+		id = "execution"
+	} else {
+		q.text.WriteString(all)
+		id = "id"
 	}
 	switch {
 	case p.Session != "":
@@ -118,11 +148,7 @@ func executionsQuery(p execution.Query) (string, []any) {
 	if p.Unfinished {
 		q.where("state < 4")
 	}
-	q.filter(terms, columns{
-		reason: "json_extract(result, '$.reason')", unfinished: "state < 4",
-		state: func(name string) int64 { return int64(execution.StateOf(name)) },
-	})
-	return q.page(id, p.Before, p.Ascending, p.Limit)
+	return q, id, rest
 }
 
 // takeLabel takes a term out of a filter that an index can serve.
@@ -139,15 +165,57 @@ func takeLabel(f filter.Filter) (label filter.Term, rest filter.Filter, ok bool)
 
 // sessionsQuery is the query of a page that no prepared statement reads.
 func sessionsQuery(p session.Query) (string, []any) {
-	q := query{and: " WHERE "}
-	q.text.WriteString(selectSession)
-	if !p.Terminated {
-		q.where("state < 4")
-	}
+	q := chooseSessions(p, selectSession)
 	q.filter(p.Filter, columns{
 		// Stored as '' where there is none.
 		reason: "nullif(reason, '')", unfinished: "state < 4",
 		state: func(name string) int64 { return int64(session.StateOf(name)) },
 	})
-	return q.page("id", p.Before, p.Ascending, p.Limit)
+	return q.page("id", p.Ascending, "LIMIT ?", p.Limit)
+}
+
+// sessionsWindow is the query of the id at which a page ends that is not filtered.
+func sessionsWindow(p session.Query) (string, []any) {
+	return chooseSessions(p, "SELECT id FROM sessions ").page("id", p.Ascending, "LIMIT 1 OFFSET ?", p.Limit-1)
+}
+
+// chooseSessions begins a query with what indexes serve.
+func chooseSessions(p session.Query, all string) *query {
+	q := &query{and: " WHERE "}
+	q.text.WriteString(all)
+	if !p.Terminated {
+		q.where("state < 4")
+	}
+	if p.Last != "" && p.Ascending {
+		q.where("id <= ?", p.Last)
+	} else if p.Last != "" {
+		q.where("id >= ?", p.Last)
+	}
+	q.behind("id", p.Before, p.Ascending)
+	return q
+}
+
+// windowEnd reads the id that a window's query finds, "" if none.
+func (s *Store) windowEnd(ctx context.Context, text string, args []any) (string, error) {
+	var id string
+	err := s.reader.QueryRowContext(ctx, text, args...).Scan(&id)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("find the end of a page: %w", err)
+	}
+	return id, nil
+}
+
+// ExecutionsWindow implements execution.Store.
+func (s *Store) ExecutionsWindow(ctx context.Context, q execution.Query) (string, error) {
+	text, args := executionsWindow(q)
+	return s.windowEnd(ctx, text, args)
+}
+
+// SessionsWindow implements session.Store.
+func (s *Store) SessionsWindow(ctx context.Context, q session.Query) (string, error) {
+	text, args := sessionsWindow(q)
+	return s.windowEnd(ctx, text, args)
 }

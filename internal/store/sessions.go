@@ -99,7 +99,7 @@ func (s *Store) ListSessions(ctx context.Context, q session.Query) ([]session.Se
 	var rows *sql.Rows
 	var err error
 	switch {
-	case q.Ascending || len(q.Filter.Terms) > 0:
+	case q.Ascending || q.Last != "" || len(q.Filter.Terms) > 0:
 		text, args := sessionsQuery(q)
 		rows, err = s.reader.QueryContext(ctx, text, args...)
 	case q.Terminated:
