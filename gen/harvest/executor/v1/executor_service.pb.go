@@ -871,7 +871,8 @@ func (x *ListExecutionsRequest) GetReadMask() *fieldmaskpb.FieldMask {
 // ListExecutionsResponse is a page.
 type ListExecutionsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The executions.
+	// The executions; fewer than page_size, also none, where looking for those that the
+	// filter wants took long.
 	Executions []*Execution `protobuf:"bytes,1,rep,name=executions,proto3" json:"executions,omitempty"`
 	// Gets the next page; empty at the end.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`

@@ -359,7 +359,8 @@ func (x *ListSessionsRequest) GetReadMask() *fieldmaskpb.FieldMask {
 // ListSessionsResponse is a page.
 type ListSessionsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The sessions.
+	// The sessions; fewer than page_size, also none, where looking for those that the
+	// filter wants took long.
 	Sessions []*Session `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
 	// Gets the next page; empty at the end.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
