@@ -309,7 +309,7 @@ func TestListsByFilter(t *testing.T) {
 	if oldest := list("--order-by", "create_time"); len(oldest) != 5 || oldest[0] != newest[4] || oldest[4] != newest[0] {
 		t.Errorf("the oldest first: %v, the newest first: %v", oldest, newest)
 	}
-	if _, stderr, code := d.ctl("executions", "list", "--filter", "state = RUNING"); code == 0 || !strings.Contains(stderr, "at byte 9") || !strings.Contains(stderr, "RUNNING") {
+	if _, stderr, code := d.ctl("executions", "list", "--filter", "state = RUN"); code == 0 || !strings.Contains(stderr, "at byte 9") || !strings.Contains(stderr, "RUNNING") {
 		t.Errorf("exit code %d, %s", code, stderr)
 	}
 	for _, bomb := range []string{strings.Repeat("(", 10_000), strings.Repeat("(", 2000), strings.Repeat("NOT ", 500)} {
