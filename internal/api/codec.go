@@ -21,13 +21,21 @@ type received struct {
 	err error
 }
 
-// codec is the standard one, except for what it does with a received.
+// codec is the standard one, except for what it does with a received and with output.
 type codec struct {
 	encoding.CodecV2
 }
 
 func newCodec() codec {
 	return codec{encoding.GetCodecV2(grpcproto.Name)}
+}
+
+// Marshal implements encoding.CodecV2.
+func (c codec) Marshal(v any) (mem.BufferSlice, error) {
+	if data, ok := encodeOutput(v); ok {
+		return data, nil
+	}
+	return c.CodecV2.Marshal(v)
 }
 
 // Unmarshal implements encoding.CodecV2.
