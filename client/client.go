@@ -100,6 +100,7 @@ func Dial(cfg Config) (*Client, error) {
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithUserAgent("executor-go/" + Version()),
 		grpc.WithDefaultServiceConfig(services),
+		withCodec(),
 		// The server allows a ping every 10 s; a dead link is noticed within 30 s.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true,
