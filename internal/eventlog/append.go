@@ -29,6 +29,7 @@ type writer struct {
 	headers   []byte
 	buffers   []unix.Iovec
 	marks     []mark
+	recent    []recentEntry
 }
 
 // keepEntries bounds what a writer keeps for the next Append.
@@ -118,7 +119,7 @@ func (l *Log) append(now time.Time, entries []Entry, flags uint8) error {
 	if err == nil && flags&flagLast != 0 {
 		err = l.sync()
 	}
-	w.release()
+	defer w.release()
 	if err != nil {
 		return errors.Join(err, l.cutBack())
 	}
@@ -131,6 +132,7 @@ func (l *Log) append(now time.Time, entries []Entry, flags uint8) error {
 		active.addMark(m)
 		w.marked = m.position
 	}
+	l.recent.add(w.recent)
 	l.size += size
 	l.tail = tail
 	l.sealed = flags&flagLast != 0
@@ -224,6 +226,7 @@ func (l *Log) encode(now time.Time, entries []Entry, flags uint8) tally {
 	w.headers = slices.Grow(w.headers[:0], len(entries)*recordHeaderSize)
 	w.buffers = slices.Grow(w.buffers[:0], 2*len(entries))
 	w.marks = w.marks[:0]
+	followed := l.followed()
 	position, marked := l.active().end, w.marked
 	tail.time = now.UnixNano()
 	for i := range entries {
@@ -252,6 +255,12 @@ func (l *Log) encode(now time.Time, entries []Entry, flags uint8) tally {
 		w.buffers = appendBuffer(w.buffers, w.headers[start:])
 		w.buffers = appendBuffer(w.buffers, e.Data)
 		position += recordHeaderSize + int64(len(e.Data))
+		if followed {
+			// One piece for each record: a client that stands still then holds on only to
+			// those that it was sent.
+			r.data = slices.Clip(append([]byte(nil), e.Data...))
+			w.recent = append(w.recent, recentEntry{r, l.active(), mark{tail.sequence + 1, position, tail.sizes()}})
+		}
 	}
 	return tail
 }
@@ -259,8 +268,10 @@ func (l *Log) encode(now time.Time, entries []Entry, flags uint8) tally {
 // release lets go of the entries' data, and of memory that only a large Append needs.
 func (w *writer) release() {
 	clear(w.buffers)
+	clear(w.recent)
+	w.recent = w.recent[:0]
 	if cap(w.buffers) > 2*keepEntries {
-		w.headers, w.buffers = nil, nil
+		w.headers, w.buffers, w.recent = nil, nil, nil
 	}
 }
 

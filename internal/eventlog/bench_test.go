@@ -251,3 +251,61 @@ func BenchmarkFollow(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkFanOut appends what the pump appends when output comes fast, and so many
+// readers take all of it. The slowest may be 1 MiB behind.
+func BenchmarkFanOut(b *testing.B) {
+	for _, readers := range []int{1, 10, 100} {
+		b.Run(fmt.Sprint(readers), func(b *testing.B) {
+			heap := make([]byte, 32<<20)
+			fanOut(b, readers)
+			runtime.KeepAlive(heap)
+		})
+	}
+}
+
+func fanOut(b *testing.B, readers int) {
+	const batch = 8
+	l := benchmarkLog(b, Config{RetainedBytes: 64 << 20})
+	entries, now := chunks(batch, MaxData), time.Now()
+	b.SetBytes(batch * MaxData)
+	b.ReportAllocs()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	taken := make([]chan struct{}, readers) // by each reader, the batches that it has yet to take
+	for i := range taken {
+		taken[i] = make(chan struct{}, 4)
+		wg.Go(func() {
+			r := l.NewReader(0)
+			defer r.Close()
+			for n := 1; ; n++ {
+				rec, err := r.Next(context.Background())
+				if err != nil {
+					return
+				}
+				if rec.Gap != nil {
+					b.Errorf("gap %+v", rec.Gap)
+				}
+				if n%batch == 0 {
+					<-taken[i]
+				}
+			}
+		})
+	}
+	defer reportCPU(b)()
+	for b.Loop() {
+		for _, c := range taken {
+			c <- struct{}{}
+		}
+		if err := l.Append(now, entries...); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for _, c := range taken {
+		for len(c) > 0 {
+			time.Sleep(time.Microsecond)
+		}
+	}
+	b.StopTimer()
+	_ = l.Close()
+}

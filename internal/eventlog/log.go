@@ -39,6 +39,8 @@ type Log struct {
 	size   int64
 	tail   tally
 	sealed bool
+	// recent are the last records, if somebody follows them.
+	recent recent
 	// wake, if not nil, is closed when something changes. Only a waiting reader makes it.
 	wake chan struct{}
 	// closed is set under mu; it is atomic so that it can be looked at without.
@@ -81,7 +83,7 @@ func create(cfg Config) (*Log, error) {
 			return nil, err
 		}
 	}
-	l := &Log{dir: cfg.Dir, retainedBytes: cfg.RetainedBytes, segmentBytes: cfg.SegmentBytes}
+	l := newLogOf(cfg)
 	if _, err := rand.Read(l.epoch[:]); err != nil {
 		return nil, err
 	}
@@ -93,6 +95,12 @@ func create(cfg Config) (*Log, error) {
 	l.writer.file = file
 	l.segments, l.size = []*segment{s}, s.end
 	return l, nil
+}
+
+func newLogOf(cfg Config) *Log {
+	l := &Log{dir: cfg.Dir, retainedBytes: cfg.RetainedBytes, segmentBytes: cfg.SegmentBytes}
+	l.recent.abandon() // the first generation
+	return l
 }
 
 // Remove deletes a log and its directory. A directory that is not there is not an
@@ -168,6 +176,7 @@ func (l *Log) Close() error {
 	defer l.writing.Unlock()
 	l.mu.Lock()
 	l.closed.Store(true)
+	l.recent.abandon()
 	wake := l.takeWake()
 	l.mu.Unlock()
 	if wake != nil {

@@ -28,7 +28,7 @@ func open(cfg Config) (*Log, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	l := &Log{dir: cfg.Dir, retainedBytes: cfg.RetainedBytes, segmentBytes: cfg.SegmentBytes}
+	l := newLogOf(cfg)
 	epochs, err := l.readSegments()
 	if err != nil {
 		return nil, err

@@ -9,13 +9,24 @@ import (
 )
 
 // Reader follows a log. It holds at most one file descriptor and one buffer of
-// 64 KiB, or as much less as there is to read. Its methods must not be called at the
-// same time.
+// 64 KiB, or as much less as there is to read; at the end of a log that grows, where it
+// gets what is in memory anyway, neither. Its methods must not be called at the same
+// time.
 type Reader struct {
 	log    *Log
 	want   uint64 // sequence of the next record to return
 	cursor cursor
 	closed bool
+
+	following following
+	// recalled is what was last returned from memory, to go on behind it in the file.
+	recalled recalled
+}
+
+// recalled is a place behind a record.
+type recalled struct {
+	segment *segment
+	next    mark
 }
 
 // NewReader starts reading behind a record: 0 is the log's start, Sequence its end.
@@ -61,6 +72,14 @@ func (r *Reader) TryNext() (Record, bool, error) {
 			r.cursor.close()
 			return Record{}, false, ErrClosed
 		}
+		if e, ok := r.log.recall(r.want); ok {
+			if r.cursor.segment != nil {
+				r.cursor.close()
+			}
+			r.recalled = recalled{e.segment, e.next}
+			r.want++
+			return e.public(), true, nil
+		}
 		rec, err := r.cursor.next()
 		switch {
 		case err == nil && rec.sequence < r.want:
@@ -84,6 +103,7 @@ func (r *Reader) TryNext() (Record, bool, error) {
 func (r *Reader) Close() error {
 	r.cursor.close()
 	r.closed = true
+	r.log.leave(&r.following)
 	return nil
 }
 
@@ -96,7 +116,7 @@ func (r *Reader) advance() (gap Record, more bool, err error) {
 		case hasMore:
 			return Record{}, true, nil
 		case hasMoreLater:
-			return Record{}, false, nil
+			return Record{}, !l.atEnd(&r.following, r.want), nil
 		case isCutOff:
 			return r.skip(s), true, nil
 		case isComplete:
@@ -104,11 +124,17 @@ func (r *Reader) advance() (gap Record, more bool, err error) {
 		}
 	}
 	p, err := l.locate(r.want)
-	if err != nil || p.segment == nil && p.reason == 0 {
+	if err != nil {
 		return Record{}, false, err
+	}
+	if p.segment == nil && p.reason == 0 {
+		return Record{}, !l.atEnd(&r.following, r.want), nil
 	}
 	if p.reason != 0 {
 		return r.gap(p.reason, p.mark), true, nil
+	}
+	if at := &r.recalled; at.segment == p.segment && at.next.sequence == r.want {
+		p.mark = at.next // rather than to read what it has again
 	}
 	err = c.open(p)
 	if errors.Is(err, fs.ErrNotExist) {
