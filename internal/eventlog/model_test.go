@@ -11,8 +11,15 @@ import (
 
 // TestRandom does random things to a log and compares it with what it must contain.
 func TestRandom(t *testing.T) {
+	var recalled, read int
 	for seed := range uint64(20) {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) { randomLog(t, rand.New(rand.NewPCG(seed, 1))) })
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			m, n := randomLog(t, rand.New(rand.NewPCG(seed, 1)))
+			recalled, read = recalled+m, read+n
+		})
+	}
+	if recalled < 1000 || read < 1000 {
+		t.Errorf("%d records came from memory and %d from files: one way was hardly tried", recalled, read)
 	}
 }
 
@@ -22,7 +29,8 @@ type follower struct {
 	expected
 }
 
-func randomLog(t *testing.T, random *rand.Rand) {
+// randomLog returns how many records readers got from memory and how many from files.
+func randomLog(t *testing.T, random *rand.Rand) (recalled, read int) {
 	cfg := Config{SegmentBytes: 1 << (10 + random.IntN(8))}
 	if random.IntN(3) > 0 {
 		cfg.RetainedBytes = cfg.SegmentBytes * int64(1+random.IntN(10))
@@ -58,12 +66,16 @@ func randomLog(t *testing.T, random *rand.Rand) {
 			f := &follower{reader: l.NewReader(after)}
 			f.advance(after)
 			followers = append(followers, f)
-		case 4, 5: // a reader reads
+		case 4, 5: // a reader reads, some of what is there or all
 			if len(followers) == 0 {
 				continue
 			}
 			f := followers[random.IntN(len(followers))]
-			for range random.IntN(60) {
+			most := random.IntN(60)
+			if random.IntN(2) == 0 {
+				most = all
+			}
+			for range most {
 				rec, ok, err := f.reader.TryNext()
 				if err != nil {
 					t.Fatal(err)
@@ -75,6 +87,11 @@ func randomLog(t *testing.T, random *rand.Rand) {
 					break
 				}
 				f.check(t, rec)
+				if f.reader.fromMemory() {
+					recalled++
+				} else {
+					read++
+				}
 				if rec.Gap != nil && (!retained || rec.Gap.Reason != GapRetention) {
 					t.Fatalf("gap %+v", rec.Gap)
 				}
@@ -138,6 +155,7 @@ func randomLog(t *testing.T, random *rand.Rand) {
 				t.Fatalf("%d files are open", n)
 			}
 		}
+		checkRecent(t, l)
 		if l.Sequence() != sequence || l.Epoch() != epoch {
 			t.Fatalf("sequence %d, want %d; epoch %s, want %s", l.Sequence(), sequence, l.Epoch(), epoch)
 		}
@@ -146,6 +164,7 @@ func randomLog(t *testing.T, random *rand.Rand) {
 	if gaps := readAll(t, l, 0); len(gaps) > 1 || len(gaps) > 0 && !retained {
 		t.Errorf("gaps %+v", gaps)
 	}
+	return recalled, read
 }
 
 func (cfg Config) in(dir string) Config {
