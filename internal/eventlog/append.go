@@ -23,6 +23,8 @@ type writer struct {
 	full bool
 	// marked is the position of the last mark.
 	marked int64
+	// writeback takes the files of complete segments.
+	writeback writeback
 
 	// What follows is kept from one Append to the next only to be used again.
 	checksums checksums
@@ -73,6 +75,7 @@ func (l *Log) Seal(now time.Time, last Entry) error {
 	}
 	// Nothing is written any more. An error has nothing to tell after the sync.
 	_ = l.writer.close()
+	l.writer.writeback.group.Wait() // what it began is done, so it holds a file for no longer
 	return nil
 }
 
@@ -198,7 +201,11 @@ func (l *Log) rotate() error {
 	if err != nil {
 		return err
 	}
-	_ = w.close() // all writes have succeeded
+	if l.willStay() {
+		w.writeback.begin(w.file)
+	} else {
+		_ = w.close() // all writes have succeeded
+	}
 	w.file, w.full, w.marked = file, false, segmentHeaderSize
 	l.mu.Lock()
 	defer l.mu.Unlock()

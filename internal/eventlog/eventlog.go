@@ -1,10 +1,12 @@
 // Package eventlog keeps the events of one execution in a directory: append-only,
 // ordered, numbered from 1 without holes. One writer appends, any number of readers
-// follow at their own pace; each reads the files (in practice the page cache), so
-// that none of them slows the writer down. What Append returned for survives kill -9
+// follow at their own pace; each reads the files (in practice the page cache) or, at
+// the log's end, shares a bounded piece of memory with the others, so that none of them
+// slows the writer down. What Append returned for survives kill -9
 // of the process; what Seal returned for survives a power cut. The oldest segments
 // are dropped when a log outgrows its bound, and what a reader misses is told as a
-// Gap. The package imports nothing of this module and starts no goroutines.
+// Gap. The package imports nothing of this module. A Log has at most one goroutine, which
+// has the disk begin with what Seal will wait for; Close waits for it.
 package eventlog
 
 import (

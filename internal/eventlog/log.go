@@ -182,6 +182,7 @@ func (l *Log) Close() error {
 	if wake != nil {
 		close(wake)
 	}
+	l.writer.writeback.group.Wait()
 	if err := l.writer.close(); err != nil {
 		return fmt.Errorf("close event log %q: %w", l.dir, err)
 	}
