@@ -254,6 +254,7 @@ func TestEventProto(t *testing.T) {
 		event execution.Event
 		want  *executorv1.Event
 	}{
+		"written by a later executord": {execution.Event{}, base(func(*executorv1.Event) {})},
 		"started": {
 			execution.Event{Started: &execution.Started{Execution: execution.Ref{Session: "s", ID: "e"}}},
 			base(func(e *executorv1.Event) {

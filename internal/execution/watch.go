@@ -17,8 +17,8 @@ type Cursor struct {
 	Sequence uint64
 }
 
-// Event is one entry of a log or a Gap. Exactly one of Started, Output, Gap and
-// Result is set.
+// Event is one entry of a log or a Gap. One of Started, Output, Gap and Result is set;
+// none for an entry that a later executord wrote, of which only the place is known.
 type Event struct {
 	Cursor  Cursor
 	Time    time.Time
@@ -111,35 +111,31 @@ func (w *Watcher) Next(ctx context.Context) (Event, error) {
 	if w.ended {
 		return Event{}, io.EOF
 	}
-	for {
-		rec, err := w.reader.Next(ctx)
-		switch {
-		case errors.Is(err, eventlog.ErrClosed):
-			return Event{}, ErrClosed
-		case errors.Is(err, io.EOF):
-			return w.storedResult(ctx, w.cursor.Sequence+1) // the Gap before told that the log's end is damaged
-		case err != nil:
-			return Event{}, err
-		}
-		e := Event{Cursor: Cursor{w.cursor.Epoch, rec.Sequence}, Time: rec.Time}
-		switch {
-		case rec.Gap != nil:
-			e.Gap = gapOf(rec.Gap)
-		case rec.Kind == eventlog.KindOutput:
-			e.Output = &Output{Stream: streamName(rec.Stream), Offset: rec.Offset, Data: rec.Data}
-		case rec.Kind == kindStarted:
-			e.Started = &Started{Execution: w.ref}
-		case rec.Kind == kindResult:
-			if e.Result, err = decodeResult(rec.Data); err != nil {
-				return w.storedResult(ctx, rec.Sequence)
-			}
-			w.ended = true
-		default:
-			continue // written by a later executord
-		}
-		w.cursor = e.Cursor
-		return e, nil
+	rec, err := w.reader.Next(ctx)
+	switch {
+	case errors.Is(err, eventlog.ErrClosed):
+		return Event{}, ErrClosed
+	case errors.Is(err, io.EOF):
+		return w.storedResult(ctx, w.cursor.Sequence+1) // the Gap before told that the log's end is damaged
+	case err != nil:
+		return Event{}, err
 	}
+	e := Event{Cursor: Cursor{w.cursor.Epoch, rec.Sequence}, Time: rec.Time}
+	switch {
+	case rec.Gap != nil:
+		e.Gap = gapOf(rec.Gap)
+	case rec.Kind == eventlog.KindOutput:
+		e.Output = &Output{Stream: streamName(rec.Stream), Offset: rec.Offset, Data: rec.Data}
+	case rec.Kind == kindStarted:
+		e.Started = &Started{Execution: w.ref}
+	case rec.Kind == kindResult:
+		if e.Result, err = decodeResult(rec.Data); err != nil {
+			return w.storedResult(ctx, rec.Sequence)
+		}
+		w.ended = true
+	}
+	w.cursor = e.Cursor
+	return e, nil
 }
 
 // storedResult is the last event of a log whose own cannot be read.

@@ -2,6 +2,7 @@ package execution_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 )
@@ -320,6 +322,51 @@ func TestLogDamagedWhileRead(t *testing.T) {
 		}
 		if len(got.gaps) != 1 || got.gaps[0].Reason != execution.GapDamaged {
 			t.Errorf("gaps: %+v", got.gaps)
+		}
+	})
+}
+
+// TestLogOfLaterVersion has entries in a log that this executord does not know: watchers
+// are told that they are there, so that the sequence has no hole, and that is all.
+func TestLogOfLaterVersion(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(lines(1)))
+		ref := r.start(execution.Request{})
+		e := r.wait(ref)
+		synctest.Wait()
+		dir := filepath.Join(r.dir, ref.ID)
+		if err := eventlog.Remove(dir); err != nil {
+			t.Fatal(err)
+		}
+		l, err := eventlog.Create(eventlog.Config{Dir: dir})
+		if err != nil {
+			t.Fatal(err)
+		}
+		const started, result, unknown = eventlog.KindOutput + 1, eventlog.KindOutput + 2, eventlog.Kind(200)
+		text, err := json.Marshal(e.Result)
+		if err == nil {
+			err = l.Append(time.Now(), eventlog.Entry{Kind: started}, eventlog.Entry{Kind: unknown, Data: []byte("a")},
+				eventlog.Entry{Kind: eventlog.KindOutput, Stream: eventlog.Stdout, Data: []byte("out 0\n")}, eventlog.Entry{Kind: unknown})
+		}
+		if err == nil {
+			err = l.Seal(time.Now(), eventlog.Entry{Kind: result, Data: text})
+		}
+		if err := errors.Join(err, l.Close()); err != nil {
+			t.Fatal(err)
+		}
+		for after := range uint64(5) {
+			got := r.watch(ref, &execution.Cursor{Epoch: l.Epoch(), Sequence: after})
+			if len(got.events) != 5-int(after) || len(got.gaps) > 0 {
+				t.Fatalf("after %d: %+v", after, got.events)
+			}
+			for _, e := range got.events {
+				if n := e.Cursor.Sequence; (n == 2 || n == 4) != (e.Started == nil && e.Output == nil && e.Result == nil) || e.Time.IsZero() {
+					t.Errorf("event %+v", e)
+				}
+			}
+			if diff := cmp.Diff(e.Result, got.result); diff != "" {
+				t.Error(diff)
+			}
 		}
 	})
 }
