@@ -153,6 +153,12 @@ try: up(); print("raised")
 except (ValueError, OSError, PermissionError): print("refused")
 print(attempt(os.nice, -5), attempt(os.sched_setscheduler, 0, os.SCHED_FIFO, os.sched_param(1)), write("/proc/self/oom_score_adj", "-1000"), write("/proc/1/oom_score_adj", "-1000"))`,
 			"refused\nEPERM EPERM EACCES EACCES", ""},
+		{"limits of other processes are not set, own ones are", `
+import resource
+print(call("prlimit64", 1, resource.RLIMIT_CPU, struct.pack("<QQ", 1, 1), 0), call("prlimit64", os.getpid(), resource.RLIMIT_CORE, 0, ctypes.create_string_buffer(16)))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+print(resource.getrlimit(resource.RLIMIT_CORE), subprocess.run(["bash", "-c", "ulimit -n 99; ulimit -n"], capture_output=True, text=True).stdout.strip())`,
+			"EPERM EPERM\n(0, 0) 99", ""},
 
 		// Namespaces and mounts.
 		{"no new namespaces by unshare", `print(*[call("unshare", f) for f in FLAGS])`, strings.TrimSpace(strings.Repeat("EPERM ", 8)), ""},

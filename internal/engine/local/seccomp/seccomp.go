@@ -7,6 +7,9 @@ package seccomp
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
+	"math"
+	"slices"
 
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/net/bpf"
@@ -52,10 +55,6 @@ func Assemble(clone3 bool) ([]byte, error) {
 // assembler, which (v1.6.0) compares the call's number with an argument's value
 // once a condition on that argument did not hold.
 func program(info *arch.Info, clone3 bool) []bpf.Instruction {
-	refuse := func(errno unix.Errno) bpf.Instruction {
-		return bpf.RetConstant{Val: unix.SECCOMP_RET_ERRNO | uint32(errno)}
-	}
-	allow := bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW}
 	p := []bpf.Instruction{
 		// Calls by another entrance (int 0x80) have other numbers.
 		bpf.LoadAbsolute{Off: offsetArch, Size: 4},
@@ -65,12 +64,31 @@ func program(info *arch.Info, clone3 bool) []bpf.Instruction {
 		bpf.JumpIf{Cond: bpf.JumpLessThan, Val: x32, SkipTrue: 1},
 		refuse(unix.ENOSYS),
 	}
-	// on adds a block that is run for one call and must end in a return.
+	return append(p, tree(ranges(answers(info, clone3)))...)
+}
+
+func refuse(errno unix.Errno) bpf.Instruction {
+	return bpf.RetConstant{Val: unix.SECCOMP_RET_ERRNO | uint32(errno)}
+}
+
+// answers are, by the number of each call that the filter knows, the instructions that
+// decide about it. They begin with the number loaded and end in a return.
+func answers(info *arch.Info, clone3 bool) map[uint32][]bpf.Instruction {
+	allow := bpf.RetConstant{Val: unix.SECCOMP_RET_ALLOW}
+	byNumber := make(map[uint32][]bpf.Instruction)
 	on := func(name string, block ...bpf.Instruction) {
 		if number, ok := info.SyscallNames[name]; ok {
-			p = append(p, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(number), SkipTrue: uint8(len(block))})
-			p = append(p, block...)
+			byNumber[uint32(number)] = block
 		}
+	}
+	for _, name := range denied() {
+		on(name, refuse(unix.EPERM))
+	}
+	for _, name := range allowed() {
+		on(name, allow)
+	}
+	if clone3 {
+		on("clone3", allow)
 	}
 	loadFirst := bpf.LoadAbsolute{Off: offsetArgument, Size: 4} // the low half: all that the kernel looks at
 	for _, name := range []string{"clone", "unshare"} {
@@ -87,18 +105,58 @@ func program(info *arch.Info, clone3 bool) []bpf.Instruction {
 	on("socket", oneOf(unix.EAFNOSUPPORT, unix.AF_UNIX, unix.AF_INET, unix.AF_INET6, unix.AF_NETLINK)...)
 	// Linux, with and without a randomised address space (debuggers), and asking.
 	on("personality", oneOf(unix.EPERM, 0, 0x8, 0x20000, 0x20008, 0x40000, 0xffffffff)...)
-	if clone3 {
-		on("clone3", allow)
+	// Its own limits, as every C library asks for them; with those of another process,
+	// which may be the guest, a command could end its sandbox.
+	on("prlimit64", oneOf(unix.EPERM, 0)...)
+	return byNumber
+}
+
+// span is the answer to the calls from a number on, up to the next span.
+type span struct {
+	from  uint32
+	block []bpf.Instruction
+}
+
+// ranges joins neighbours with the same answer. A call that is not known looks like
+// one that the kernel does not have: C libraries then fall back to an older one.
+func ranges(byNumber map[uint32][]bpf.Instruction) []span {
+	unknown := []bpf.Instruction{refuse(unix.ENOSYS)}
+	spans := []span{{0, unknown}}
+	add := func(from uint32, block []bpf.Instruction) {
+		last := &spans[len(spans)-1]
+		switch {
+		case slices.Equal(last.block, block):
+		case last.from == from:
+			last.block = block
+		default:
+			spans = append(spans, span{from, block})
+		}
 	}
-	for _, name := range denied() {
-		on(name, refuse(unix.EPERM))
+	for _, number := range slices.Sorted(maps.Keys(byNumber)) {
+		add(number, byNumber[number])
+		if _, ok := byNumber[number+1]; !ok {
+			add(number+1, unknown)
+		}
 	}
-	for _, name := range allowed() {
-		on(name, allow)
+	return spans
+}
+
+// tree finds the span of a number by halves. The kernel runs the filter once for every
+// number when it is loaded, to remember what it always allows: in a chain of
+// comparisons that took a good part of a sandbox's start.
+func tree(spans []span) []bpf.Instruction {
+	if len(spans) == 1 {
+		return spans[0].block
 	}
-	// A call that is not known here looks like one that the kernel does not have: C
-	// libraries then fall back to an older one.
-	return append(p, refuse(unix.ENOSYS))
+	middle := len(spans) / 2
+	below, above := tree(spans[:middle]), tree(spans[middle:])
+	var p []bpf.Instruction
+	if len(below) <= math.MaxUint8 {
+		p = append(p, bpf.JumpIf{Cond: bpf.JumpGreaterOrEqual, Val: spans[middle].from, SkipTrue: uint8(len(below))})
+	} else { // farther than a condition can jump
+		p = append(p, bpf.JumpIf{Cond: bpf.JumpLessThan, Val: spans[middle].from, SkipTrue: 1}, bpf.Jump{Skip: uint32(len(below))})
+	}
+	return append(append(p, below...), above...)
 }
 
 // denied are calls that programs try and that must fail with EPERM, as they would
@@ -114,7 +172,7 @@ func denied() []string {
 	}
 }
 
-// allowed are the calls of ordinary programs.
+// allowed are the calls of ordinary programs, whatever their arguments.
 func allowed() []string {
 	return []string{
 		"accept", "accept4", "access", "alarm", "arch_prctl", "bind", "brk", "cachestat", "capget", "capset", "chdir", "chmod", "chown",
@@ -134,7 +192,7 @@ func allowed() []string {
 		"mq_timedreceive", "mq_timedsend", "mq_unlink", "mremap", "msgctl", "msgget", "msgrcv", "msgsnd", "msync", "munlock",
 		"munlockall", "munmap", "nanosleep", "newfstatat", "open", "openat", "openat2", "pause", "pidfd_getfd", "pidfd_open",
 		"pidfd_send_signal", "pipe", "pipe2", "pkey_alloc", "pkey_free", "pkey_mprotect", "poll", "ppoll", "prctl", "pread64",
-		"preadv", "preadv2", "prlimit64", "process_madvise", "process_mrelease", "process_vm_readv", "process_vm_writev", "pselect6", "ptrace",
+		"preadv", "preadv2", "process_madvise", "process_mrelease", "process_vm_readv", "process_vm_writev", "pselect6", "ptrace",
 		"pwrite64", "pwritev", "pwritev2", "read", "readahead", "readlink", "readlinkat", "readv", "recvfrom", "recvmmsg", "recvmsg",
 		"remap_file_pages", "removexattr", "rename", "renameat", "renameat2", "restart_syscall", "rmdir", "rseq", "rt_sigaction",
 		"rt_sigpending", "rt_sigprocmask", "rt_sigqueueinfo", "rt_sigreturn", "rt_sigsuspend", "rt_sigtimedwait", "rt_tgsigqueueinfo",

@@ -80,6 +80,10 @@ func TestFilter(t *testing.T) {
 		"personality asked":              {number: unix.SYS_PERSONALITY, args: []uint64{0xffffffff}, want: allow},
 		"family that is a call's number": {number: unix.SYS_SOCKET, args: []uint64{unix.SYS_GETPID}, want: refused(unix.EAFNOSUPPORT)},
 		"personality that maps 0":        {number: unix.SYS_PERSONALITY, args: []uint64{0x100000}, want: refused(unix.EPERM)},
+		"own limits":                     {number: unix.SYS_PRLIMIT64, args: []uint64{0, unix.RLIMIT_CPU}, want: allow},
+		"limits of the guest":            {number: unix.SYS_PRLIMIT64, args: []uint64{1, unix.RLIMIT_CPU}, want: refused(unix.EPERM)},
+		"limits of the group's first":    {number: unix.SYS_PRLIMIT64, args: []uint64{0xffffffff, unix.RLIMIT_CPU}, want: refused(unix.EPERM)},
+		"own limits by the low half":     {number: unix.SYS_PRLIMIT64, args: []uint64{1 << 32, unix.RLIMIT_CPU}, want: allow},
 		"read by the 32-bit entrance":    {machine: i386, number: 3, want: refused(unix.ENOSYS)},
 		"read by the x32 entrance":       {number: 0x40000000, want: refused(unix.ENOSYS)},
 	} {
@@ -116,5 +120,75 @@ func TestNamesAreKnownSomewhere(t *testing.T) {
 			t.Errorf("%q is listed twice", n)
 		}
 		seen[n] = true
+	}
+}
+
+// Every number of every architecture gets the answer that its name has in the lists,
+// and the kernel has little to do.
+func TestTreeIsTheLists(t *testing.T) {
+	for _, machine := range []string{"amd64", "arm64"} {
+		for _, clone3 := range []bool{false, true} {
+			info, err := arch.GetInfo(machine)
+			if err != nil {
+				t.Fatal(err)
+			}
+			filter := program(info, clone3)
+			vm, err := bpf.NewVM(filter)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if raw, err := bpf.Assemble(filter); err != nil || len(raw) > 400 {
+				t.Errorf("%s: %d instructions, %v", machine, len(raw), err)
+			}
+			want := make(map[int]uint32)
+			for name, number := range info.SyscallNames {
+				switch {
+				case slices.Contains(denied(), name):
+					want[number] = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
+				case slices.Contains(allowed(), name) || name == "clone3" && clone3:
+					want[number] = unix.SECCOMP_RET_ALLOW
+				case slices.Contains([]string{"clone", "unshare", "personality", "prlimit64"}, name): // with 0
+					want[number] = unix.SECCOMP_RET_ALLOW
+				case name == "socket":
+					want[number] = unix.SECCOMP_RET_ERRNO | uint32(unix.EAFNOSUPPORT)
+				}
+			}
+			data := make([]byte, 64)
+			binary.BigEndian.PutUint32(data[4:], uint32(info.ID))
+			for number := range 2048 {
+				expected, ok := want[number]
+				if !ok {
+					expected = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
+				}
+				binary.BigEndian.PutUint32(data[0:], uint32(number))
+				if got, err := vm.Run(data); err != nil || uint32(got) != expected {
+					t.Errorf("%s, call %d: %#x, %v, want %#x", machine, number, got, err, expected)
+				}
+			}
+		}
+	}
+}
+
+// A tree of more spans than a condition can jump over, with an answer for each number.
+func TestTreeOfAnySize(t *testing.T) {
+	byNumber := make(map[uint32][]bpf.Instruction)
+	for n := range uint32(1000) {
+		if n%7 != 3 {
+			byNumber[n] = []bpf.Instruction{bpf.LoadConstant{Dst: bpf.RegA, Val: n}, bpf.RetA{}}
+		}
+	}
+	vm, err := bpf.NewVM(append([]bpf.Instruction{bpf.LoadAbsolute{Off: offsetNumber, Size: 4}}, tree(ranges(byNumber))...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range uint32(1100) {
+		data := binary.BigEndian.AppendUint32(nil, n)
+		want := n
+		if byNumber[n] == nil {
+			want = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
+		}
+		if got, err := vm.Run(data); err != nil || uint32(got) != want {
+			t.Errorf("%d: %#x, %v, want %#x", n, got, err, want)
+		}
 	}
 }
