@@ -145,19 +145,13 @@ func build(setup *guestv1.Setup, fds []int) (net.Listener, *Guest, error) {
 	listener.(*net.UnixListener).SetUnlinkOnClose(false)
 
 	syscall.Umask(0o022)
-	// No user namespace can be made in the sandbox, whichever system call is tried:
-	// the filter cannot look into the arguments of clone3.
-	if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0); err != nil {
-		return nil, nil, fmt.Errorf("forbid user namespaces: %w", err)
-	}
-	if err := rootfs.Build(setup, fds); err != nil {
+	if err := rootfs.Build(setup, fds, forbidUserNamespaces, loopbackUp, func() error {
+		if err := unix.Sethostname([]byte(setup.GetHostname())); err != nil {
+			return fmt.Errorf("set the host name: %w", err)
+		}
+		return nil
+	}); err != nil {
 		return nil, nil, err
-	}
-	if err := unix.Sethostname([]byte(setup.GetHostname())); err != nil {
-		return nil, nil, fmt.Errorf("set the host name: %w", err)
-	}
-	if err := loopbackUp(); err != nil {
-		return nil, nil, fmt.Errorf("bring up the loopback interface: %w", err)
 	}
 	if err := os.MkdirAll(setup.GetRuntimeDirectory(), 0o700); err != nil {
 		return nil, nil, err
@@ -171,16 +165,32 @@ func build(setup *guestv1.Setup, fds []int) (net.Listener, *Guest, error) {
 	return listener, g, err
 }
 
+// forbidUserNamespaces keeps any from being made in the sandbox, whichever system call
+// is tried: the filter cannot look into the arguments of clone3.
+func forbidUserNamespaces() error {
+	if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0); err != nil {
+		return fmt.Errorf("forbid user namespaces: %w", err)
+	}
+	return nil
+}
+
+// loopbackUp brings up the sandbox's own loopback interface.
 func loopbackUp() error {
-	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	err := func() error {
+		s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(s)
+		ifr, err := unix.NewIfreq("lo")
+		if err != nil {
+			return err
+		}
+		ifr.SetUint16(unix.IFF_UP)
+		return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
+	}()
 	if err != nil {
-		return err
+		return fmt.Errorf("bring up the loopback interface: %w", err)
 	}
-	defer unix.Close(s)
-	ifr, err := unix.NewIfreq("lo")
-	if err != nil {
-		return err
-	}
-	ifr.SetUint16(unix.IFF_UP)
-	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr)
+	return nil
 }

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"golang.org/x/sys/unix"
@@ -23,7 +25,11 @@ const staging = "/tmp"
 
 // Build makes the root file system that setup describes and makes it the root of
 // the calling process's mount namespace. fds are the descriptors that setup names.
-func Build(setup *guestv1.Setup, fds []int) error {
+// beside is what else can be done before the new root is entered, at the same time.
+func Build(setup *guestv1.Setup, fds []int, beside ...func() error) error {
+	if len(setup.GetOverlays()) == 0 {
+		return errors.New("setup names no overlay for the root")
+	}
 	// From here on nothing that is mounted goes back to the host.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
@@ -45,31 +51,82 @@ func Build(setup *guestv1.Setup, fds []int) error {
 	if err := unix.Mount("tmpfs", staging, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700,size=1m"); err != nil {
 		return fmt.Errorf("mount the staging tmpfs: %w", err)
 	}
-	b := &builder{fds: fds, opened: opened, root: staging + "/root"}
-	if err := os.Mkdir(b.root, 0o755); err != nil {
+	b := &builder{fds: fds, opened: opened}
+	// Each is made at a place of its own in the staging tmpfs, so none waits for
+	// another, and moved to where it belongs when all are there. What takes long first.
+	var work []func() error
+	for i, o := range setup.GetOverlays() {
+		work = append(work, func() error {
+			if err := b.overlay(i, o); err != nil {
+				return fmt.Errorf("overlay at %q: %w", o.GetTarget(), err)
+			}
+			return nil
+		})
+	}
+	work = append(work, func() error { return b.kernelFilesystems(setup.GetShmBytes()) })
+	if err := inParallel(append(work, beside...)); err != nil {
 		return err
 	}
-	for _, o := range setup.GetOverlays() {
-		if err := b.overlay(o); err != nil {
+	for i, o := range setup.GetOverlays()[1:] {
+		if err := move(overlayPoint(i+1), overlayPoint(0)+o.GetTarget()); err != nil {
 			return fmt.Errorf("overlay at %q: %w", o.GetTarget(), err)
 		}
 	}
-	if err := b.kernelFilesystems(setup.GetShmBytes()); err != nil {
-		return err
+	for _, name := range kernelDirectories() {
+		if err := move(staging+"/"+name, overlayPoint(0)+"/"+name); err != nil {
+			return fmt.Errorf("/%s: %w", name, err)
+		}
 	}
-	return b.enter()
+	return enter(overlayPoint(0))
 }
 
+// lanes is how many things are done at a time: those that wait are few, and a thread
+// takes its time to be made as well.
+const lanes = 2
+
+// inParallel does all of the work and returns the errors.
+func inParallel(work []func() error) error {
+	var (
+		next  atomic.Int32
+		extra sync.WaitGroup
+		errs  = make([]error, len(work)) // each by its own index
+	)
+	lane := func() {
+		for i := next.Add(1) - 1; int(i) < len(work); i = next.Add(1) - 1 {
+			errs[i] = work[i]()
+		}
+	}
+	for range lanes - 1 {
+		extra.Go(lane)
+	}
+	lane()
+	extra.Wait()
+	return errors.Join(errs...)
+}
+
+// builder makes the mounts, each below its own directory in the staging tmpfs.
 type builder struct {
 	fds    []int
 	opened map[*guestv1.Layer]int
-	root   string
-	layers int
+}
+
+// overlayPoint is where an overlay is mounted until it is moved.
+func overlayPoint(i int) string { return staging + "/root" + strconv.Itoa(i) }
+
+// kernelDirectories are those of the kernel's file systems.
+func kernelDirectories() []string { return []string{"proc", "dev", "sys"} }
+
+// move moves a mount with those below it.
+func move(from, to string) error {
+	if err := unix.MoveMount(unix.AT_FDCWD, from, unix.AT_FDCWD, to, 0); err != nil {
+		return fmt.Errorf("move the mount into place: %w", err)
+	}
+	return nil
 }
 
 // layer makes a layer reachable under a path short enough for many of them to fit
 // into one mount option page.
-func (b *builder) layer(l *guestv1.Layer) (string, error) {
+func (b *builder) layer(path string, l *guestv1.Layer) (string, error) {
 	if fd, ok := b.opened[l]; ok {
 		return "/proc/self/fd/" + strconv.Itoa(fd), nil
 	}
@@ -77,8 +134,6 @@ func (b *builder) layer(l *guestv1.Layer) (string, error) {
 	if i >= len(b.fds) {
 		return "", fmt.Errorf("layer names descriptor %d of %d", i, len(b.fds))
 	}
-	path := staging + "/l" + strconv.Itoa(b.layers)
-	b.layers++
 	if err := os.Mkdir(path, 0o700); err != nil {
 		return "", err
 	}
@@ -89,10 +144,12 @@ func (b *builder) layer(l *guestv1.Layer) (string, error) {
 	return path, nil
 }
 
-func (b *builder) overlay(o *guestv1.Overlay) error {
+// overlay mounts the overlay of this index at its overlayPoint.
+func (b *builder) overlay(index int, o *guestv1.Overlay) error {
+	at := staging + "/l" + strconv.Itoa(index) + "-"
 	lower := make([]string, len(o.GetLower()))
 	for i, l := range o.GetLower() {
-		path, err := b.layer(l)
+		path, err := b.layer(at+strconv.Itoa(i), l)
 		if err != nil {
 			return err
 		}
@@ -106,20 +163,23 @@ func (b *builder) overlay(o *guestv1.Overlay) error {
 	if o.GetWritable() == nil {
 		flags |= unix.MS_RDONLY
 	} else {
-		w, err := b.layer(o.GetWritable())
+		w, err := b.layer(at+"w", o.GetWritable())
 		if err != nil {
 			return err
 		}
 		dir := filepath.Join(w, o.GetWritableName())
 		options += ",volatile,upperdir=" + dir + "/upper,workdir=" + dir + "/work"
 	}
-	target := filepath.Join(b.root, o.GetTarget())
+	target := overlayPoint(index)
+	if err := os.Mkdir(target, 0o755); err != nil {
+		return err
+	}
 	if o.GetWritable() == nil && len(lower) == 1 {
 		// One read-only layer is no overlay, which wants two.
 		if err := unix.Mount(lower[0], target, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("bind: %w", err)
 		}
-		return remountReadOnly(target)
+		return makeReadOnly(target)
 	}
 	if err := unix.Mount("overlay", target, "overlay", flags, options); err != nil {
 		return fmt.Errorf("mount (%s): %w", options, err)
@@ -127,10 +187,15 @@ func (b *builder) overlay(o *guestv1.Overlay) error {
 	return nil
 }
 
-// kernelFilesystems mounts /proc, /dev and /sys in the new root.
+// kernelFilesystems mounts /proc, /dev and /sys.
 func (b *builder) kernelFilesystems(shmBytes uint64) error {
 	const quiet = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	proc, dev, sys := b.root+"/proc", b.root+"/dev", b.root+"/sys"
+	for _, name := range kernelDirectories() {
+		if err := os.Mkdir(filepath.Join(staging, name), 0o755); err != nil {
+			return err
+		}
+	}
+	const proc, dev, sys = staging + "/proc", staging + "/dev", staging + "/sys"
 	if err := unix.Mount("proc", proc, "proc", quiet, ""); err != nil {
 		return fmt.Errorf("mount /proc: %w", err)
 	}
@@ -168,25 +233,33 @@ func (b *builder) kernelFilesystems(shmBytes uint64) error {
 	if err := unix.Mount("sysfs", sys, "sysfs", quiet|unix.MS_RDONLY, ""); err != nil {
 		return fmt.Errorf("mount /sys: %w", err)
 	}
-	return b.mask()
+	return mask()
 }
 
 // mask hides what /proc and /sys tell of the host or let a process change.
-func (b *builder) mask() error {
+func mask() error {
 	for _, name := range []string{"proc/kcore", "proc/keys", "proc/latency_stats", "proc/timer_list", "proc/sched_debug", "proc/sysrq-trigger", "proc/kmsg", "proc/kallsyms", "proc/kpagecount", "proc/kpageflags", "proc/kpagecgroup", "proc/modules"} {
-		err := unix.Mount(b.root+"/dev/null", filepath.Join(b.root, name), "", unix.MS_BIND, "")
+		err := unix.Mount(staging+"/dev/null", filepath.Join(staging, name), "", unix.MS_BIND, "")
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("mask /%s: %w", name, err)
 		}
 	}
+	// One empty file system is seen in all places.
+	const empty = staging + "/empty"
+	if err := os.Mkdir(empty, 0o700); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", empty, "tmpfs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=0"); err != nil {
+		return fmt.Errorf("mount what masks directories: %w", err)
+	}
 	for _, name := range []string{"proc/acpi", "proc/scsi", "sys/firmware", "sys/fs/bpf", "sys/kernel/debug", "sys/kernel/tracing", "sys/kernel/security", "sys/devices/virtual/powercap"} {
-		err := unix.Mount("tmpfs", filepath.Join(b.root, name), "tmpfs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=0")
+		err := unix.Mount(empty, filepath.Join(staging, name), "", unix.MS_BIND, "")
 		if err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTDIR) {
 			return fmt.Errorf("mask /%s: %w", name, err)
 		}
 	}
 	for _, name := range []string{"proc/sys", "proc/bus", "proc/fs", "proc/irq", "proc/pressure"} {
-		path := filepath.Join(b.root, name)
+		path := filepath.Join(staging, name)
 		err := unix.Mount(path, path, "", unix.MS_BIND|unix.MS_REC, "")
 		if errors.Is(err, unix.ENOENT) {
 			continue
@@ -194,30 +267,22 @@ func (b *builder) mask() error {
 		if err != nil {
 			return fmt.Errorf("bind /%s: %w", name, err)
 		}
-		if err := remountReadOnly(path); err != nil {
+		if err := makeReadOnly(path); err != nil {
 			return fmt.Errorf("make /%s read-only: %w", name, err)
 		}
 	}
 	return nil
 }
 
-// remountReadOnly keeps the flags that the mount has: a user namespace may not
-// clear those that were set outside of it.
-func remountReadOnly(path string) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(path, &fs); err != nil {
-		return err
-	}
-	keep := uintptr(fs.Flags) & (unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME | unix.MS_NODIRATIME)
-	if fs.Flags&(unix.ST_NOATIME|unix.ST_RELATIME) == 0 {
-		keep |= unix.MS_STRICTATIME // not the default, which is relatime
-	}
-	return unix.Mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|keep, "")
+// makeReadOnly makes a mount read-only and leaves its other flags: a user namespace
+// may not clear those that were set outside of it.
+func makeReadOnly(path string) error {
+	return unix.MountSetattr(unix.AT_FDCWD, path, 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
 }
 
 // enter makes the new root the root and lets the old one go.
-func (b *builder) enter() error {
-	if err := os.Chdir(b.root); err != nil {
+func enter(root string) error {
+	if err := os.Chdir(root); err != nil {
 		return err
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {

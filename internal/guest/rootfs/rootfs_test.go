@@ -60,6 +60,10 @@ func roles() map[string]func(dir string) error {
 			s.Overlays[0].WritableName = "none"
 			return Build(s, nil)
 		},
+		"no root": func(string) error { return Build(&guestv1.Setup{}, nil) },
+		"beside fails": func(dir string) error {
+			return Build(setupIn(dir), nil, func() error { return nil }, func() error { return errors.New("what is done beside") })
+		},
 		"remount": remount,
 	}
 }
@@ -300,8 +304,10 @@ func TestBuildFails(t *testing.T) {
 		"no layer":      `none": no such file or directory`,
 		"no descriptor": `overlay at "/": layer names descriptor 3 of 3`,
 		"not a mount":   `overlay at "/": attach layer`,
-		"no target":     `overlay at "/none": bind`,
+		"no target":     `overlay at "/none": move the mount`,
 		"no upper":      `overlay at "/": mount`,
+		"no root":       "setup names no overlay",
+		"beside fails":  "what is done beside",
 	} {
 		t.Run(role, func(t *testing.T) {
 			out, err := run(t, role, files(t))
@@ -327,7 +333,7 @@ func remount(dir string) error {
 		if err := unix.Statfs(dir, &before); err != nil {
 			return err
 		}
-		if err := remountReadOnly(dir); err != nil {
+		if err := makeReadOnly(dir); err != nil {
 			return err
 		}
 		if err := unix.Statfs(dir, &after); err != nil {
@@ -340,7 +346,7 @@ func remount(dir string) error {
 			return err
 		}
 	}
-	if err := remountReadOnly(dir + "/none"); !errors.Is(err, unix.ENOENT) {
+	if err := makeReadOnly(dir + "/none"); !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("what is not there: %w", err)
 	}
 	return nil
