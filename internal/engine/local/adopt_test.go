@@ -209,14 +209,14 @@ func TestCrashLeftovers(t *testing.T) {
 		},
 		"control groups": func(t *testing.T, e *Engine) {
 			needRoot(t)
-			if err := e.groups.Open("half").Create(cgroup.Limits{MemoryBytes: 1 << 20}, 0x60000000); err != nil {
+			if err := makeGroups(e.groups.Open("half"), cgroup.Limits{MemoryBytes: 1 << 20}); err != nil {
 				t.Fatal(err)
 			}
 		},
 		"control groups in part": func(t *testing.T, e *Engine) {
 			needRoot(t)
 			g := e.groups.Open("half")
-			if err := g.Create(cgroup.Limits{}, 0x60000000); err != nil {
+			if err := makeGroups(g, cgroup.Limits{}); err != nil {
 				t.Fatal(err)
 			}
 			if err := os.Remove(filepath.Join(g.Paths().V2, "guest")); err != nil {
@@ -226,10 +226,10 @@ func TestCrashLeftovers(t *testing.T) {
 		"control groups with a process": func(t *testing.T, e *Engine) {
 			needRoot(t)
 			g := e.groups.Open("half")
-			if err := g.Create(cgroup.Limits{}, 0x60000000); err != nil {
+			if err := makeGroups(g, cgroup.Limits{}); err != nil {
 				t.Fatal(err)
 			}
-			guest, err := g.OpenGuest()
+			guest, err := os.Open(filepath.Join(g.Paths().V2, "guest"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -262,6 +262,14 @@ func TestCrashLeftovers(t *testing.T) {
 			sandboxFor(t, e, engine.Spec{ID: "half"})
 		})
 	}
+}
+
+func makeGroups(g *cgroup.Group, limits cgroup.Limits) error {
+	guest, err := g.CreateForGuest()
+	if err != nil {
+		return err
+	}
+	return errors.Join(guest.Close(), g.CreateForCommands(limits, 0x60000000))
 }
 
 func mkdir(t *testing.T, dir string) {

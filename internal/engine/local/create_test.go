@@ -99,18 +99,39 @@ open(d + "/file", "a").write("x"); open(d + "/made", "w")`, shown))
 	}
 }
 
-// What executord was started with does not go on to the guest, which would hand it to
-// every command.
+// What executord was started with, or opens later and forgets to mark, does not go on
+// to the process that forks guests or to a guest, which would hand it to every command.
 func TestInheritedDescriptorsAreKept(t *testing.T) {
-	e := newEngine(t)
-	fd, err := unix.Open("/dev/null", unix.O_RDONLY, 0) // and not close-on-exec
-	if err != nil {
+	secret := filepath.Join(t.TempDir(), "inherited")
+	if err := os.WriteFile(secret, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fd)
-	sandboxFor(t, e, engine.Spec{ID: "heir"})
-	if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
-		t.Errorf("flags %#x, %v: the guest has the descriptor", flags, err)
+	inherit := func() {
+		t.Helper()
+		fd, err := unix.Open(secret, unix.O_RDONLY, 0) // and not close-on-exec
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+	}
+	inherit()
+	e := newEngine(t)
+	inherit()
+	sb := sandboxFor(t, e, engine.Spec{ID: "heir"}).(*sandbox)
+	for name, pid := range map[string]int{"the process that forks guests": e.forker.process.Pid, "the guest": sb.process.pid} {
+		dir := "/proc/" + strconv.Itoa(pid) + "/fd"
+		entries, err := os.ReadDir(dir)
+		if os.Geteuid() != 0 && errors.Is(err, fs.ErrPermission) {
+			continue // the guest, which is undumpable
+		}
+		if err != nil || len(entries) < 4 {
+			t.Errorf("%s has %d descriptors, %v", name, len(entries), err)
+		}
+		for _, f := range entries {
+			if link, _ := os.Readlink(filepath.Join(dir, f.Name())); link == secret {
+				t.Errorf("%s has descriptor %s", name, f.Name())
+			}
+		}
 	}
 }
 

@@ -206,7 +206,7 @@ func makeWorkspace(ctx context.Context, sb engine.Sandbox) error {
 func TestWritesStayInTheirLayer(t *testing.T) {
 	cfg := testConfig(t)
 	e := engineOver(t, cfg)
-	img, err := e.image()
+	img, err := e.images.Prepare()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,7 +1,7 @@
 // Package local is the embedded engine: sandboxes made of Linux namespaces, control
 // groups, overlays and a system call filter, on the machine that executord runs on,
-// with nothing else installed. The guest is started straight into its namespaces
-// and builds its root file system itself; executord only prepares what needs the
+// with nothing else installed. The guest is forked straight into its namespaces, by a
+// small process that lives as long as the engine, and builds its root file system itself; executord only prepares what needs the
 // host's rights. Guests do not die with executord: they are found again by what lies
 // in the state directory.
 //
@@ -62,7 +62,9 @@ type Engine struct {
 	cfg     Config
 	root    bool // this process may do what takes the host's root
 	dir     string
-	guest   *os.File
+	boot    string // the id of this run of the host
+	images  *hostimage.Images
+	forker  *forker
 	groups  *cgroup.Host // nil for an ordinary user
 	uids    *uidRanges
 	filter  []byte
@@ -106,12 +108,21 @@ func prepare(cfg Config) (_ *Engine, err error) {
 			return nil, fmt.Errorf("make the engine's directory: %w", err)
 		}
 	}
+	if err := spread(e.sandboxDir("")); err != nil {
+		return nil, err
+	}
+	if e.boot, err = bootID(); err != nil {
+		return nil, fmt.Errorf("read the id of this run of the host: %w", err)
+	}
+	e.images = hostimage.New(hostimage.Config{Dir: filepath.Join(e.dir, "images"), Host: "/", Boot: e.boot, Extra: cfg.ExtraPaths})
 	if err := e.apart(); err != nil {
 		return nil, err
 	}
-	if e.guest, err = guestFile(cfg.Guest); err != nil {
+	program, err := guestFile(cfg.Guest)
+	if err != nil {
 		return nil, err
 	}
+	e.forker = newForker(program)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, e.Close())
@@ -134,7 +145,7 @@ func prepare(cfg Config) (_ *Engine, err error) {
 // apart refuses a state directory that sandboxes would see: below it lie the files of
 // all the others, and to the root of a sandbox every file of the host's root is its own.
 func (e *Engine) apart() error {
-	img, err := e.image()
+	img, err := e.images.Prepare()
 	if err != nil {
 		return err
 	}
@@ -388,7 +399,8 @@ func (e *Engine) List(context.Context) ([]string, error) {
 	return slices.Compact(ids), nil
 }
 
-// Close gives up following the sandboxes, which go on living.
+// Close gives up following the sandboxes, which go on living, and ends the process that
+// forked them.
 func (e *Engine) Close() error {
 	e.mu.Lock()
 	followed := slices.Collect(maps.Values(e.sandboxes))
@@ -405,13 +417,7 @@ func (e *Engine) Close() error {
 	if e.groups != nil {
 		errs = append(errs, e.groups.Close())
 	}
-	return errors.Join(append(errs, e.guest.Close())...)
-}
-
-// image is the root file system of new sandboxes. It is looked at for each one: the
-// host may have got new software since the last.
-func (e *Engine) image() (*hostimage.Image, error) {
-	return hostimage.Prepare(filepath.Join(e.dir, "images"), "/", e.cfg.ExtraPaths)
+	return errors.Join(append(errs, e.forker.close())...)
 }
 
 // notFound is the fault for an id that nothing is left of.

@@ -23,8 +23,8 @@ func TestNewRefuses(t *testing.T) {
 		root   bool
 	}{
 		"no guest":                             {func(c *Config) { c.Guest = nil }, "no executor-guest", false},
-		"a guest that is none":                 {func(c *Config) { c.Guest = []byte("not a program") }, "start the guest", false},
-		"a guest that does not speak":          {func(c *Config) { c.Guest = trueProgram(t) }, "the guest ended before the sandbox was built", false},
+		"a guest that is none":                 {func(c *Config) { c.Guest = []byte("not a program") }, "start the process that forks guests", false},
+		"a guest that does not speak":          {func(c *Config) { c.Guest = trueProgram(t) }, "the process that forks guests has ended", false},
 		"a state directory below a file":       {func(c *Config) { c.StateDir = filepath.Join(file, "state") }, "make the engine's directory", false},
 		"a state directory that sandboxes see": {func(c *Config) { c.ExtraPaths = []string{filepath.Dir(c.StateDir)} }, "which sandboxes see", false},
 		"the state directory is to be seen":    {func(c *Config) { c.ExtraPaths = []string{c.StateDir} }, "which sandboxes see", false},

@@ -108,7 +108,7 @@ func languages() []language {
 // find looks for one of several programs where a sandbox would, and where it can: a
 // link to what sandboxes do not see, such as a home, does not count.
 func (e *Engine) find(programs []string) (string, bool) {
-	img, err := e.image()
+	img, err := e.images.Prepare()
 	if err != nil {
 		return "", false
 	}

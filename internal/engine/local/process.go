@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -44,22 +43,21 @@ func guestFile(binary []byte) (*os.File, error) {
 // process is a guest as the host sees it: its descriptor stands for this one
 // process even when its id is used again.
 type process struct {
-	pid   int
-	child bool // this executord started it and must reap it
-	fd    *os.File
+	pid int
+	fd  *os.File
 }
 
 // watchProcess wraps a pidfd so that waiting for its end holds no thread.
-func watchProcess(pid, pidfd int, child bool) (*process, error) {
+func watchProcess(pid, pidfd int) (*process, error) {
 	if err := unix.SetNonblock(pidfd, true); err != nil {
 		unix.Close(pidfd)
 		return nil, err
 	}
-	return &process{pid: pid, child: child, fd: os.NewFile(uintptr(pidfd), "pidfd")}, nil
+	return &process{pid: pid, fd: os.NewFile(uintptr(pidfd), "pidfd")}, nil
 }
 
-// wait returns nil when the process has ended and, if it is a child, was reaped; an
-// error when the context ended or stopWatching was called before.
+// wait returns nil when the process has ended and, if it is a child of this one, was
+// reaped; an error when the context ended or stopWatching was called before.
 func (p *process) wait(ctx context.Context) error {
 	raw, err := p.fd.SyscallConn()
 	if err != nil {
@@ -73,14 +71,15 @@ func (p *process) wait(ctx context.Context) error {
 		}
 		return fmt.Errorf("wait for the guest's end: %w", err)
 	}
-	if p.child {
+	// A guest is a child of the process that forked it. Where that was killed, an
+	// executord that is the host's first process, or stands for it, has its children.
+	return raw.Control(func(fd uintptr) {
 		for {
-			if _, err := syscall.Wait4(p.pid, nil, 0, nil); err != syscall.EINTR {
-				break
+			if err := unix.Waitid(unix.P_PIDFD, int(fd), nil, unix.WEXITED|unix.WNOHANG, nil); err != unix.EINTR {
+				return
 			}
 		}
-	}
-	return nil
+	})
 }
 
 // ended says whether the process of a pidfd has.
@@ -103,7 +102,6 @@ func (p *process) stopWatching() { _ = p.fd.SetReadDeadline(time.Unix(1, 0)) }
 
 // stat is what the host tells of a process.
 type stat struct {
-	parent int
 	// ticks is when it started, which together with its id names it for as long as
 	// the host runs.
 	ticks uint64
@@ -123,12 +121,8 @@ func statOf(pid int) (stat, error) {
 	if len(fields) < 20 {
 		return stat{}, fmt.Errorf("process %d: cannot read its state %q", pid, text)
 	}
-	parent, err := strconv.Atoi(fields[1])
-	if err != nil {
-		return stat{}, err
-	}
 	ticks, err := strconv.ParseUint(fields[19], 10, 64)
-	return stat{parent, ticks}, err
+	return stat{ticks}, err
 }
 
 // bootID changes with every start of the host.
@@ -155,7 +149,7 @@ func findProcess(pid int, ticks uint64, boot string) (*process, error) {
 	case err != nil:
 		return nil, fmt.Errorf("open process %d: %w", pid, err)
 	}
-	p, err := watchProcess(pid, pidfd, false)
+	p, err := watchProcess(pid, pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -165,8 +159,6 @@ func findProcess(pid int, ticks uint64, boot string) (*process, error) {
 		err = os.ErrProcessDone
 	}
 	if err == nil {
-		// An executord that took the place of another in the same process has its children.
-		p.child = s.parent == os.Getpid()
 		// By the descriptor and not by the state: the first thread of a process can be a
 		// zombie long before the last one, and all that its namespace holds, is gone.
 		if ended(pidfd) {

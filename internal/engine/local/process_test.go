@@ -26,7 +26,7 @@ func atoi(t *testing.T, s string) int {
 
 func TestStatOf(t *testing.T) {
 	self, err := statOf(os.Getpid())
-	if err != nil || self.parent != os.Getppid() || self.ticks == 0 {
+	if err != nil || self.ticks == 0 {
 		t.Errorf("of this process: %+v, %v", self, err)
 	}
 	for _, pid := range []int{0, -1, 1 << 30} {
@@ -47,7 +47,7 @@ func TestStatOf(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if s, err := statOf(cmd.Process.Pid); err != nil || s.parent != os.Getpid() || s.ticks < self.ticks {
+	if s, err := statOf(cmd.Process.Pid); err != nil || s.ticks < self.ticks {
 		t.Errorf("of a process with an odd name: %+v, %v", s, err)
 	}
 	p, err := findProcess(cmd.Process.Pid, self.ticks, mustBoot(t))
@@ -77,7 +77,7 @@ func TestProcess(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	p, err := watchProcess(cmd.Process.Pid, pidfd, true)
+	p, err := watchProcess(cmd.Process.Pid, pidfd)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,9 +93,6 @@ func TestProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer found.fd.Close()
-	if !found.child {
-		t.Error("an own child was not known as one")
-	}
 	found.kill()
 	if err := found.wait(t.Context()); err != nil {
 		t.Errorf("wait: %v", err)

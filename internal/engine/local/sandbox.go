@@ -2,10 +2,8 @@ package local
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -64,25 +62,6 @@ func (e *Engine) adopt(id string) (*sandbox, error) {
 		return nil, fmt.Errorf("remove what is left of sandbox %s: %w", id, err)
 	}
 	return nil, notFound(id)
-}
-
-var errDamaged = errors.New("is damaged")
-
-// readRecord reads what is known of a sandbox; os.ErrProcessDone if there is nothing,
-// which means that executord died before the guest could start anything.
-func readRecord(path string) (record, error) {
-	var r record
-	text, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return r, os.ErrProcessDone
-	}
-	if err != nil {
-		return r, err
-	}
-	if err := json.Unmarshal(text, &r); err != nil {
-		return record{}, fmt.Errorf("%s: %w: %w", path, errDamaged, err)
-	}
-	return r, nil
 }
 
 // watch closes done when the guest ends.

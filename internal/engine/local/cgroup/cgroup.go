@@ -356,28 +356,41 @@ func contains(list, word string) bool {
 // removeAll removes a group and those below it, which must be empty. The kernel may
 // need a moment after the last process is gone.
 func removeAll(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			if err := removeAll(filepath.Join(dir, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
 	for pause := 100 * time.Microsecond; ; pause *= 2 {
-		err := os.Remove(dir)
-		if err == nil || errors.Is(err, fs.ErrNotExist) {
+		err := unix.Rmdir(dir)
+		if err == nil || errors.Is(err, unix.ENOENT) {
 			return nil
 		}
 		if !errors.Is(err, unix.EBUSY) || pause > time.Second {
-			return fmt.Errorf("remove control group: %w", err)
+			return fmt.Errorf("remove control group %s: %w", dir, err)
 		}
-		time.Sleep(pause)
+		// Looked for only now: most have none.
+		below, err := removeBelow(dir)
+		if err != nil {
+			return err
+		}
+		if !below {
+			time.Sleep(pause)
+		}
 	}
+}
+
+// removeBelow removes the groups below one and says whether there were any.
+func removeBelow(dir string) (any bool, err error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, e := range entries {
+		if e.IsDir() {
+			any = true
+			if err := removeAll(filepath.Join(dir, e.Name())); err != nil {
+				return any, err
+			}
+		}
+	}
+	return any, nil
 }

@@ -116,10 +116,25 @@ func (s started) wait() syscall.WaitStatus {
 	return s.ProcessState.Sys().(syscall.WaitStatus)
 }
 
+// makeAll makes all groups of a sandbox, as the engine does; on an error nothing is left.
+func makeAll(g *Group, limits Limits, owner int) error {
+	guest, err := g.CreateForGuest()
+	if guest != nil {
+		guest.Close()
+	}
+	if err == nil {
+		err = g.CreateForCommands(limits, owner)
+	}
+	if err != nil {
+		return errors.Join(err, g.Remove())
+	}
+	return nil
+}
+
 func create(t *testing.T, h *Host, name string, limits Limits) *Group {
 	t.Helper()
 	g := h.Open(name)
-	if err := g.Create(limits, 0x60000000); err != nil {
+	if err := makeAll(g, limits, 0x60000000); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -189,7 +204,7 @@ func TestCreateThatFailsLeavesNothing(t *testing.T) {
 	h := host(t, "")
 	g := h.Open("wrong")
 	// The kernel takes no quota under a millisecond.
-	if err := g.Create(Limits{CPUMillis: 1}, 0x60000000); err == nil {
+	if err := makeAll(g, Limits{CPUMillis: 1}, 0x60000000); err == nil {
 		t.Error("a quota of 0.1 ms was accepted")
 	}
 	if names, err := h.List(); err != nil || len(names) > 0 {
@@ -197,7 +212,7 @@ func TestCreateThatFailsLeavesNothing(t *testing.T) {
 	}
 	// And one that is there already is not taken over.
 	create(t, h, "there", Limits{})
-	if err := h.Open("there").create(Limits{}, 0); !errors.Is(err, fs.ErrExist) {
+	if _, err := h.Open("there").CreateForGuest(); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("create again: %v, want that it exists", err)
 	}
 }
@@ -329,15 +344,15 @@ func TestWithoutVersion2(t *testing.T) {
 	if _, ok := g.Processes(); ok {
 		t.Error("processes are said to be counted")
 	}
-	guest, err := g.OpenGuest()
+	guest, err := g.CreateForGuest()
 	commands, err2 := g.OpenCommands()
 	if guest != nil || commands != nil || errors.Join(err, err2) != nil {
 		t.Errorf("groups of version 2: %v, %v, %v, %v", guest, commands, err, err2)
 	}
-	if err := errors.Join(g.Create(Limits{}, 0), g.Kill(t.Context()), g.Remove()); err != nil {
+	if err := errors.Join(makeAll(g, Limits{}, 0), g.Kill(t.Context()), g.Remove()); err != nil {
 		t.Error(err)
 	}
-	if err := g.Create(Limits{CPUMillis: 100}, 0); err == nil {
+	if err := makeAll(g, Limits{CPUMillis: 100}, 0); err == nil {
 		t.Error("a limit was accepted that no controller holds")
 	}
 }
@@ -358,7 +373,7 @@ func TestRemoveOfABusyGroupIsAnError(t *testing.T) {
 func TestGuestAndCommandsHaveGroupsOfTheirOwn(t *testing.T) {
 	h := host(t, "")
 	g := create(t, h, "parts", Limits{MemoryBytes: 1 << 30})
-	guest, err := g.OpenGuest()
+	guest, err := os.Open(filepath.Join(g.v2, guestGroup))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -90,16 +90,36 @@ func (g *Group) Paths() Paths {
 	return p
 }
 
-// Create makes the groups with their limits. owner is the host's user id of the
-// sandbox's root, to whom the guest's part is handed over. On an error nothing is left.
-func (g *Group) Create(limits Limits, owner int) error {
-	if err := g.create(limits, owner); err != nil {
-		return errors.Join(fmt.Errorf("make control groups: %w", err), g.Remove())
+// CreateForGuest makes the group into which the guest is cloned, and opens it; nil
+// without version 2. On an error Remove removes what was made.
+func (g *Group) CreateForGuest() (*os.File, error) {
+	if g.v2 == "" {
+		return nil, nil
+	}
+	dir := filepath.Join(g.v2, guestGroup)
+	for _, d := range []string{g.v2, dir} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return nil, fmt.Errorf("make control groups: %w", err)
+		}
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open control groups: %w", err)
+	}
+	return f, nil
+}
+
+// CreateForCommands makes the groups of the commands with their limits, after
+// CreateForGuest. owner is the host's user id of the sandbox's root, to whom the
+// guest's part is handed over. On an error Remove removes what was made.
+func (g *Group) CreateForCommands(limits Limits, owner int) error {
+	if err := g.createForCommands(limits, owner); err != nil {
+		return fmt.Errorf("make control groups: %w", err)
 	}
 	return nil
 }
 
-func (g *Group) create(limits Limits, owner int) error {
+func (g *Group) createForCommands(limits Limits, owner int) error {
 	made := make(map[string]bool)
 	for _, dir := range g.v1 {
 		if !made[dir] {
@@ -110,18 +130,17 @@ func (g *Group) create(limits Limits, owner int) error {
 		}
 	}
 	if g.v2 != "" {
-		if err := g.createV2(owner); err != nil {
+		if err := g.handOver(owner); err != nil {
 			return err
 		}
 	}
 	return g.limit(limits)
 }
 
-func (g *Group) createV2(owner int) error {
-	for _, dir := range []string{g.v2, filepath.Join(g.v2, guestGroup), filepath.Join(g.v2, commandGroup)} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			return err
-		}
+// handOver makes the commands' part of version 2 and gives the guest its own.
+func (g *Group) handOver(owner int) error {
+	if err := os.Mkdir(filepath.Join(g.v2, commandGroup), 0o755); err != nil {
+		return err
 	}
 	for c := range g.inV2 {
 		if err := write(filepath.Join(g.v2, "cgroup.subtree_control"), "+"+c); err != nil {
@@ -195,18 +214,13 @@ func (g *Group) dirOf(controller string) (string, error) {
 	return "", fmt.Errorf("no control group has the %s controller", controller)
 }
 
-// OpenGuest opens the directory into which the guest is cloned; nil without version 2.
-func (g *Group) OpenGuest() (*os.File, error) { return g.openV2(guestGroup) }
-
 // OpenCommands opens the directory in which the guest makes a group for each
 // command; nil without version 2.
-func (g *Group) OpenCommands() (*os.File, error) { return g.openV2(commandGroup) }
-
-func (g *Group) openV2(name string) (*os.File, error) {
+func (g *Group) OpenCommands() (*os.File, error) {
 	if g.v2 == "" {
 		return nil, nil
 	}
-	return os.Open(filepath.Join(g.v2, name))
+	return os.Open(filepath.Join(g.v2, commandGroup))
 }
 
 // OpenTasks opens the tasks files of version 1 that the guest's starting thread joins.

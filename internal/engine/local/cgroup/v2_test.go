@@ -197,7 +197,7 @@ func TestDetachedMount(t *testing.T) {
 		t.Logf("controllers: %v", err)
 	}
 	g := through.Open("x")
-	if err := g.Create(Limits{}, 0x60000000); err != nil {
+	if err := makeAll(g, Limits{}, 0x60000000); err != nil {
 		t.Fatal(err)
 	}
 	if p := g.Paths(); p.V2 != "" {

@@ -50,18 +50,6 @@ func etcCopied() []string {
 	}
 }
 
-// etcNames are the paths under /etc that the host has of etcCopied.
-func etcNames(host string) []string {
-	var names []string
-	for _, pattern := range etcCopied() {
-		found, _ := filepath.Glob(filepath.Join(host, "etc", pattern)) // the patterns are well formed
-		for _, path := range found {
-			names = append(names, strings.TrimPrefix(path, filepath.Join(host, "etc")+"/"))
-		}
-	}
-	return names
-}
-
 // etcWritten are files of /etc that do not come from the host.
 func etcWritten() map[string]string {
 	return map[string]string{
@@ -82,15 +70,38 @@ func etcWritten() map[string]string {
 	}
 }
 
-// Prepare makes the image under dir, or finds that it is there and still fits the
-// host. host is the host's root, "/" but in tests; extra are further directories of
-// the host to show, read-only layers like /usr.
-func Prepare(dir, host string, extra []string) (*Image, error) {
+// Config says of which host images are made, and where they are kept.
+type Config struct {
+	// Dir holds the images; made if it is missing.
+	Dir string
+	// Host is the host's root directory, "/" but in tests.
+	Host string
+	// Boot is the id of this run of the host, at least 8 characters.
+	Boot string
+	// Extra are further directories of the host to show, read-only layers like /usr.
+	Extra []string
+}
+
+// Images makes the images of one host.
+type Images struct {
+	cfg   Config
+	names *nameCache
+}
+
+// New makes no image yet.
+func New(cfg Config) *Images {
+	return &Images{cfg: cfg, names: newNameCache(filepath.Join(cfg.Host, "etc"), etcCopied())}
+}
+
+// Prepare makes the image, or finds that it is there and still fits the host: it is
+// asked for each sandbox, because the host may have got new software since the last.
+func (im *Images) Prepare() (*Image, error) {
+	dir, host := im.cfg.Dir, im.cfg.Host
 	links, trees, err := topLevel(host)
 	if err != nil {
 		return nil, fmt.Errorf("look at the host's root directory: %w", err)
 	}
-	for _, path := range extra {
+	for _, path := range im.cfg.Extra {
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
 			return nil, fmt.Errorf("extra path %q: must be absolute, clean and not /", path)
 		}
@@ -101,14 +112,11 @@ func Prepare(dir, host string, extra []string) (*Image, error) {
 	}
 	slices.Sort(trees) // parents before what is mounted into them
 	trees = slices.Compact(trees)
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, fmt.Errorf("read the id of this run of the host: %w", err)
-	}
 	// Of one run of the host only: what was written shortly before a crash may be
 	// there without its content, and every sandbox that used it is gone.
-	run := "host-" + strings.TrimSpace(string(boot))[:8] + "-"
-	id := fingerprint(host, links, trees)
+	run := "host-" + im.cfg.Boot[:8] + "-"
+	names := im.names.get()
+	id := fingerprint(host, names, links, trees)
 	img := &Image{ID: id, Skeleton: filepath.Join(dir, run+id), Trees: trees}
 	if _, err := os.Stat(img.Skeleton); err == nil {
 		return img, nil
@@ -122,7 +130,7 @@ func Prepare(dir, host string, extra []string) (*Image, error) {
 		return nil, err
 	}
 	defer func() { _ = os.RemoveAll(work) }() // gone if all went well; else swept at the next run of the host
-	if err := build(work, host, links, img.Trees); err != nil {
+	if err := build(work, host, names, links, img.Trees); err != nil {
 		return nil, fmt.Errorf("make the skeleton of the host image: %w", err)
 	}
 	if err := os.Chmod(work, 0o755); err != nil {
@@ -172,7 +180,7 @@ func topLevel(host string) (links map[string]string, trees []string, err error) 
 	return links, trees, nil
 }
 
-func build(work, host string, links map[string]string, trees []string) error {
+func build(work, host string, names []string, links map[string]string, trees []string) error {
 	dirs := directories()
 	for _, name := range slices.Sorted(maps.Keys(dirs)) { // parents first
 		if err := makeDir(filepath.Join(work, name), dirs[name]); err != nil {
@@ -189,7 +197,7 @@ func build(work, host string, links map[string]string, trees []string) error {
 			return err
 		}
 	}
-	for _, name := range etcNames(host) {
+	for _, name := range names {
 		if err := makeDirs(work, filepath.Join("etc", filepath.Dir(name))); err != nil {
 			return err
 		}
@@ -283,9 +291,9 @@ func writeFile(path string, from io.Reader, mode fs.FileMode) error {
 
 // fingerprint covers the files that change when software is installed on the host,
 // and the rules of this package.
-func fingerprint(host string, links map[string]string, trees []string) string {
+func fingerprint(host string, names []string, links map[string]string, trees []string) string {
 	h := sha256.New()
-	for _, name := range etcNames(host) {
+	for _, name := range names {
 		if info, err := os.Lstat(filepath.Join(host, "etc", name)); err == nil {
 			fmt.Fprintf(h, "%s %v %d %d\n", name, info.Mode(), info.Size(), info.ModTime().UnixNano())
 		}

@@ -100,9 +100,15 @@ func tree(t *testing.T, root string) map[string]string {
 	return got
 }
 
+const testBoot = "0b007-1d-of-the-tests"
+
+func images(dir, host string, extra ...string) *Images {
+	return New(Config{Dir: dir, Host: host, Boot: testBoot, Extra: extra})
+}
+
 func prepare(t *testing.T, dir, host string, extra ...string) *Image {
 	t.Helper()
-	img, err := Prepare(dir, host, extra)
+	img, err := images(dir, host, extra...).Prepare()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,7 +273,7 @@ func TestExtraPathsAreChecked(t *testing.T) {
 	host := fakeHost(t, map[string]file{"usr/bin/x": {mode: 0o644}, "opt/file": {mode: 0o644}, "etc/": {mode: 0o755}})
 	dir := t.TempDir()
 	for _, extra := range []string{"", ".", "/", "opt", "/opt/", "/opt/../opt", "//opt", "/missing", "/opt/file"} {
-		if _, err := Prepare(dir, host, []string{extra}); err == nil {
+		if _, err := images(dir, host, extra).Prepare(); err == nil {
 			t.Errorf("extra path %q was accepted", extra)
 		}
 	}
@@ -279,6 +285,28 @@ func TestExtraPathsAreChecked(t *testing.T) {
 func TestImageChangesWithTheHost(t *testing.T) {
 	host, dir := fakeHost(t, debian()), t.TempDir()
 	first := prepare(t, dir, host)
+	// One that goes on looking, and knows the names in directories that did not change.
+	kept := images(dir, host)
+	past := time.Now().Add(-time.Hour)
+	settle := func() {
+		t.Helper()
+		for _, d := range []string{"etc", "etc/ssl"} {
+			// The time of the change cannot be set, but what was made of it.
+			if err := os.Chtimes(filepath.Join(host, d), past, past); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := kept.Prepare(); err != nil {
+			t.Fatal(err)
+		}
+		if kept.names.stamps == nil {
+			kept.names.stamps = make(map[string]stamp)
+			for _, d := range []string{"etc", "etc/ssl", "etc/pki/tls", "etc/pki/ca-trust"} {
+				kept.names.stamps[filepath.Join(host, d)], _ = stampOf(filepath.Join(host, d))
+			}
+		}
+	}
+	settle()
 	if again := prepare(t, dir, host); again.Skeleton != first.Skeleton || again.ID != first.ID {
 		t.Errorf("the same host gave %+v, then %+v", first, again)
 	}
@@ -313,6 +341,10 @@ func TestImageChangesWithTheHost(t *testing.T) {
 			t.Errorf("%s: the image is that of %q", change.name, before)
 		}
 		seen[img.ID] = change.name
+		if again, err := kept.Prepare(); err != nil || again.ID != img.ID {
+			t.Errorf("%s: who looked before has %v, %v, want %s", change.name, again, err, img.ID)
+		}
+		settle()
 		if img.Skeleton == first.Skeleton {
 			t.Errorf("%s: the skeleton of live sandboxes was changed", change.name)
 		}
@@ -370,11 +402,11 @@ func TestImagesOfAnEarlierRunOfTheHostGo(t *testing.T) {
 
 func TestPrepareConcurrently(t *testing.T) {
 	host, dir := fakeHost(t, debian()), t.TempDir()
-	images := make([]*Image, 16)
+	made := make([]*Image, 16)
 	var wait sync.WaitGroup
-	for i := range images {
+	for i := range made {
 		wait.Go(func() {
-			img, err := Prepare(dir, host, nil)
+			img, err := images(dir, host).Prepare()
 			if err != nil {
 				t.Errorf("caller %d: %v", i, err)
 				return
@@ -383,13 +415,13 @@ func TestPrepareConcurrently(t *testing.T) {
 			if _, err := os.Lstat(filepath.Join(img.Skeleton, "etc/mtab")); err != nil {
 				t.Errorf("caller %d: the last file is not there: %v", i, err)
 			}
-			images[i] = img
+			made[i] = img
 		})
 	}
 	wait.Wait()
-	for _, img := range images {
-		if img != nil && img.Skeleton != images[0].Skeleton {
-			t.Errorf("%s and %s", img.Skeleton, images[0].Skeleton)
+	for _, img := range made {
+		if img != nil && img.Skeleton != made[0].Skeleton {
+			t.Errorf("%s and %s", img.Skeleton, made[0].Skeleton)
 		}
 	}
 	entries, err := os.ReadDir(dir)
@@ -400,14 +432,14 @@ func TestPrepareConcurrently(t *testing.T) {
 
 func TestHostThatIsNone(t *testing.T) {
 	// A host without /etc or /usr is odd, and no reason to fail.
-	if _, err := Prepare(t.TempDir(), t.TempDir(), nil); err != nil {
+	if _, err := images(t.TempDir(), t.TempDir()).Prepare(); err != nil {
 		t.Error(err)
 	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Prepare(filepath.Join(file, "images"), t.TempDir(), nil); err == nil {
+	if _, err := images(filepath.Join(file, "images"), t.TempDir()).Prepare(); err == nil {
 		t.Error("an image was made below a file")
 	}
 }

@@ -1,0 +1,143 @@
+package local
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/engine/local/hostimage"
+	"golang.org/x/sys/unix"
+)
+
+// trees are those that have an overlay each, the root first.
+func trees(img *hostimage.Image) []string { return append([]string{"/"}, img.Trees...) }
+
+// makeLayers makes the directories of what a sandbox writes: for each tree an upper
+// and a work directory. The one in which the guest keeps source files is there already:
+// the guest would have to copy up what is above it.
+func makeLayers(dir string, img *hostimage.Image) error {
+	type directory struct {
+		path string
+		open bool // for everybody in the sandbox, whatever umask executord was started with
+	}
+	dirs := []directory{{dir, false}}
+	for _, tree := range trees(img) {
+		own := filepath.Join(dir, overlayName(tree))
+		dirs = append(dirs, directory{own, false}, directory{own + "/work", false}, directory{own + "/upper", true})
+	}
+	upper := filepath.Join(dir, overlayName("/"), "upper")
+	dirs = append(dirs, directory{upper + filepath.Dir(runtimeDirectory), true}, directory{upper + runtimeDirectory, false})
+	for _, d := range dirs {
+		mode := os.FileMode(0o700)
+		if d.open {
+			mode = 0o755
+		}
+		if err := os.Mkdir(d.path, mode); err != nil {
+			return err
+		}
+		if d.open {
+			if err := os.Chmod(d.path, mode); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// spread asks ext4 to put what is made in the directories below this one into different
+// parts of the disk. It does not use again at once what was deleted, and where many
+// sandboxes come and go looks at each inode of those that went. Other file systems know
+// nothing of this, and need not.
+func spread(dir string) error {
+	const topDirectory = 0x20000 // FS_TOPDIR_FL
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil || flags&topDirectory != 0 {
+		return nil
+	}
+	_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags|topDirectory))
+	return nil
+}
+
+// addLayers names the layers of each tree: as mounts that shift the ids on disk to
+// those of the sandbox, so that all sandboxes share them, or for an ordinary user,
+// who cannot make such mounts, as paths.
+func (e *Engine) addLayers(s *setup, sb *sandbox, img *hostimage.Image) error {
+	var layer func(path string, readOnly bool) (*guestv1.Layer, error)
+	if e.root {
+		userns, err := os.Open("/proc/" + strconv.Itoa(sb.process.pid) + "/ns/user")
+		if err != nil {
+			return fmt.Errorf("open the guest's user namespace: %w", err)
+		}
+		defer userns.Close()
+		layer = func(path string, readOnly bool) (*guestv1.Layer, error) {
+			f, err := shiftedMount(path, int(userns.Fd()), readOnly)
+			if err != nil {
+				return nil, err
+			}
+			return &guestv1.Layer{Source: &guestv1.Layer_MountFd{MountFd: s.add(f)}}, nil
+		}
+	} else {
+		layer = func(path string, _ bool) (*guestv1.Layer, error) {
+			return &guestv1.Layer{Source: &guestv1.Layer_Path{Path: path}}, nil
+		}
+	}
+	for _, tree := range trees(img) {
+		lower := tree
+		if tree == "/" {
+			lower = img.Skeleton
+		}
+		below, err := layer(lower, true)
+		if err != nil {
+			return err
+		}
+		// One mount for each overlay: two of them may not share an upper's mount.
+		own, err := layer(filepath.Join(sb.dir, layerName), false)
+		if err != nil {
+			return err
+		}
+		s.message.Overlays = append(s.message.Overlays, &guestv1.Overlay{
+			Target: tree, Lower: []*guestv1.Layer{below}, Writable: own, WritableName: overlayName(tree),
+		})
+	}
+	return nil
+}
+
+// overlayName is the directory of a tree's own layer.
+func overlayName(tree string) string {
+	if tree == "/" {
+		return "root"
+	}
+	return "root" + strings.ReplaceAll(tree, "/", "-")
+}
+
+// shiftedMount clones the mount at path with the ids of a user namespace: what
+// belongs to 0 on disk belongs to that namespace's root in the mount.
+func shiftedMount(path string, userns int, readOnly bool) (*os.File, error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("clone the mount of %s: %w", path, err)
+	}
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Userns_fd: uint64(userns)}
+	if readOnly {
+		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
+	}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("shift the ids of a mount of %s: %w", path, &shiftError{err})
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// shiftError marks that a file system has no id-mapped mounts.
+type shiftError struct{ err error }
+
+func (e *shiftError) Error() string { return e.err.Error() }
+func (e *shiftError) Unwrap() error { return e.err }
