@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"syscall"
 	"unsafe"
 
@@ -30,11 +31,20 @@ func RunInit(setupSocket int) error {
 	shrugOffSignals()
 	socket := os.NewFile(uintptr(setupSocket), "setup")
 	defer socket.Close()
+	// What needs no setup is done while that is on its way and being read.
+	var (
+		early    sync.WaitGroup
+		earlyErr error
+	)
+	early.Go(func() { earlyErr = loopbackUp() })
 	setup, fds, err := receiveSetup(setupSocket)
 	if err != nil {
+		early.Wait()
 		return err
 	}
 	listener, g, err := build(setup, fds)
+	early.Wait()
+	err = errors.Join(err, earlyErr)
 	result := &guestv1.SetupResult{}
 	if err != nil {
 		result.Error = err.Error()
@@ -145,13 +155,14 @@ func build(setup *guestv1.Setup, fds []int) (net.Listener, *Guest, error) {
 	listener.(*net.UnixListener).SetUnlinkOnClose(false)
 
 	syscall.Umask(0o022)
-	if err := rootfs.Build(setup, fds, forbidUserNamespaces, loopbackUp, func() error {
-		if err := unix.Sethostname([]byte(setup.GetHostname())); err != nil {
-			return fmt.Errorf("set the host name: %w", err)
-		}
-		return nil
-	}); err != nil {
+	if err := forbidUserNamespaces(); err != nil {
 		return nil, nil, err
+	}
+	if err := rootfs.Build(setup, fds); err != nil {
+		return nil, nil, err
+	}
+	if err := unix.Sethostname([]byte(setup.GetHostname())); err != nil {
+		return nil, nil, fmt.Errorf("set the host name: %w", err)
 	}
 	if err := os.MkdirAll(setup.GetRuntimeDirectory(), 0o700); err != nil {
 		return nil, nil, err

@@ -25,8 +25,7 @@ const staging = "/tmp"
 
 // Build makes the root file system that setup describes and makes it the root of
 // the calling process's mount namespace. fds are the descriptors that setup names.
-// beside is what else can be done before the new root is entered, at the same time.
-func Build(setup *guestv1.Setup, fds []int, beside ...func() error) error {
+func Build(setup *guestv1.Setup, fds []int) error {
 	if len(setup.GetOverlays()) == 0 {
 		return errors.New("setup names no overlay for the root")
 	}
@@ -64,7 +63,7 @@ func Build(setup *guestv1.Setup, fds []int, beside ...func() error) error {
 		})
 	}
 	work = append(work, func() error { return b.kernelFilesystems(setup.GetShmBytes()) })
-	if err := inParallel(append(work, beside...)); err != nil {
+	if err := inParallel(work); err != nil {
 		return err
 	}
 	for i, o := range setup.GetOverlays()[1:] {

@@ -61,9 +61,6 @@ func roles() map[string]func(dir string) error {
 			return Build(s, nil)
 		},
 		"no root": func(string) error { return Build(&guestv1.Setup{}, nil) },
-		"beside fails": func(dir string) error {
-			return Build(setupIn(dir), nil, func() error { return nil }, func() error { return errors.New("what is done beside") })
-		},
 		"remount": remount,
 	}
 }
@@ -307,7 +304,6 @@ func TestBuildFails(t *testing.T) {
 		"no target":     `overlay at "/none": move the mount`,
 		"no upper":      `overlay at "/": mount`,
 		"no root":       "setup names no overlay",
-		"beside fails":  "what is done beside",
 	} {
 		t.Run(role, func(t *testing.T) {
 			out, err := run(t, role, files(t))
