@@ -34,10 +34,14 @@ func newForker(program *os.File) *forker {
 func (f *forker) take(ctx context.Context) error {
 	select {
 	case f.turn <- struct{}{}:
-		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+	if ctx.Err() != nil {
+		f.leave()
+		return context.Cause(ctx)
+	}
+	return nil
 }
 
 func (f *forker) leave() { <-f.turn }
@@ -61,7 +65,7 @@ func (f *forker) fork(ctx context.Context, r forkserver.Request, setup, cgroup *
 			// If it forked a guest and could not say so, that one sees its socket end.
 			f.stop()
 		}
-		if ctx.Err() != nil {
+		if broken && ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
 		if !broken || !again {
@@ -70,19 +74,25 @@ func (f *forker) fork(ctx context.Context, r forkserver.Request, setup, cgroup *
 	}
 }
 
-// call asks the process that runs. The end of the context ends the wait for it, and
-// then the process is of no more use: it may still answer.
+// patience is how long a fork is waited for that nobody wants any more: it takes
+// milliseconds, and a guest that is known is ended in order.
+const patience = time.Second
+
+// call asks the process that runs. If it does not answer within patience of the end of
+// the context it is out of order.
 func (f *forker) call(ctx context.Context, r forkserver.Request, setup, cgroup *os.File) (pid, pidfd int, err error) {
+	limited := make(chan struct{})
 	socket := f.socket
-	stop := context.AfterFunc(ctx, func() { _ = socket.SetDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() {
+		defer close(limited)
+		_ = socket.SetDeadline(time.Now().Add(patience))
+	})
 	pid, pidfd, err = forkserver.Call(socket, r, setup, cgroup)
-	if stop() {
-		return pid, pidfd, err
+	if !stop() {
+		<-limited
+		_ = socket.SetDeadline(time.Time{})
 	}
-	if err == nil {
-		unix.Close(pidfd) // the guest ends with its socket
-	}
-	return 0, -1, errors.Join(forkserver.ErrBroken, err)
+	return pid, pidfd, err
 }
 
 // start starts the process if none runs.

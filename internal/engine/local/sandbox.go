@@ -142,16 +142,13 @@ func (sb *sandbox) remove(ctx context.Context) error {
 	if sb.process != nil {
 		sb.process.kill()
 	}
-	if sb.group != nil {
-		if err := sb.group.Kill(ctx); err != nil {
-			return err
-		}
-	}
+	// With the guest, process 1 of its namespace, the kernel ends all others before it
+	// says that the guest has ended: nothing has to be asked for again and again.
 	if err := sb.awaitGuest(ctx); err != nil {
 		return err
 	}
 	if sb.group != nil {
-		if err := sb.group.Remove(); err != nil {
+		if err := errors.Join(sb.group.Kill(ctx), sb.group.Remove()); err != nil {
 			return err
 		}
 	}
