@@ -28,9 +28,9 @@ func TestProgram(t *testing.T) {
 		code int
 		says string
 	}{
-		"no arguments":       {nil, 2, "usage: executor-guest init"},
-		"another argument":   {[]string{"serve"}, 2, "usage: executor-guest init"},
-		"too many arguments": {[]string{"init", "now"}, 2, "usage: executor-guest init"},
+		"no arguments":       {nil, 2, "usage: executor-guest init | fork"},
+		"another argument":   {[]string{"serve"}, 2, "usage: executor-guest init | fork"},
+		"too many arguments": {[]string{"init", "now"}, 2, "usage: executor-guest init | fork"},
 		"without its socket": {[]string{"init"}, 1, "executor-guest: read setup"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -88,7 +88,7 @@ func full() (map[string]string, *configv1.Config) {
 			"log.level": "debug", "log.format": "json",
 			"limits.memory_bytes": "512MiB", "limits.pids": "99", "limits.cpu_millis": "1500",
 			"output.default_retained_bytes": "2097152", "output.max_retained_bytes": "3MiB",
-			"reflection": "false", "local.uid_base": "100000", "local.uid_count": "7",
+			"reflection": "false", "local.uid_base": "131072", "local.uid_count": "7",
 			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
 		}, &configv1.Config{
 			Listen: "unix:/run/x.sock", StateDir: "/state", DrainTimeout: durationpb.New(90 * time.Second),
@@ -96,7 +96,7 @@ func full() (map[string]string, *configv1.Config) {
 			Log:    &configv1.Log{Level: configv1.Log_LEVEL_DEBUG, Format: configv1.Log_FORMAT_JSON},
 			Limits: &configv1.Limits{MemoryBytes: 512 << 20, Pids: 99, CpuMillis: 1500},
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
-			Local: &configv1.Local{UidBase: 100000, UidCount: 7, CgroupParent: "/a.slice",
+			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
 				ExtraPaths: []string{"/opt/a"}},
 		}
 }
@@ -312,6 +312,8 @@ func TestBadValues(t *testing.T) {
 		{"reflection", "yes", "neither true nor false"},
 		{"reflection", "1", "neither true nor false"},
 		{"local.uid_base", "0", "greater than or equal to 65536"},
+		{"local.uid_base", "100000", "must be a multiple of 65536"},
+		{"local.uid_base", "65537", "must be a multiple of 65536"},
 		{"local.uid_base", "-1", "not between 0 and 4294967295"},
 		{"local.uid_base", "4294967296", "not between 0 and 4294967295"},
 		{"local.uid_count", "0", "greater than or equal to 1"},

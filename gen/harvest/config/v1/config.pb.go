@@ -564,8 +564,8 @@ func (x *Output) GetMaxRetainedBytes() int64 {
 // Local sets the local engine.
 type Local struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The first of the user and group ids of the host that sandboxes get; at least
-	// 65,536. Used only as root. Default 1879048192.
+	// The first of the user and group ids of the host that sandboxes get; a multiple of
+	// 65,536, and not 0. Used only as root. Default 1879048192.
 	UidBase uint32 `protobuf:"varint,1,opt,name=uid_base,json=uidBase,proto3" json:"uid_base,omitempty"`
 	// How many ranges of 65,536 ids there are from uid_base on, one for each sandbox
 	// that is alive: 1 to 65,534. The last must end below id 4,294,901,760. Default 4094.
@@ -715,9 +715,10 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x16default_retained_bytes\x18\x01 \x01(\x03BZ\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x18F\n" +
 	">output that is kept of an execution that asks for nothing else\x12\x041GiBR\x14defaultRetainedBytes\x12{\n" +
 	"\x12max_retained_bytes\x18\x02 \x01(\x03BM\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x189\n" +
-	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xd3\x03\n" +
-	"\x05Local\x12^\n" +
-	"\buid_base\x18\x01 \x01(\rBC\xbaH\x06*\x04(\x80\x80\x04\x8a\xb5\x186\n" +
+	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xb8\x04\n" +
+	"\x05Local\x12\xc2\x01\n" +
+	"\buid_base\x18\x01 \x01(\rB\xa6\x01\xbaHi\xba\x01`\n" +
+	"\x17local.uid_base.multiple\x120must be a multiple of 65536, the size of a range\x1a\x13this % 65536u == 0u*\x04(\x80\x80\x04\x8a\xb5\x186\n" +
 	"(first of the user ids that sandboxes get\x12\n" +
 	"1879048192R\auidBase\x12w\n" +
 	"\tuid_count\x18\x02 \x01(\rBZ\xbaH\b*\x06\x18\xfe\xff\x03(\x01\x8a\xb5\x18K\n" +
