@@ -187,10 +187,10 @@ func Run() error {
 		switch {
 		case err == unix.EINTR:
 			continue
+		case n == 0 || err == unix.ECONNRESET: // the latter when an answer was never read
+			return nil
 		case err != nil:
 			return fmt.Errorf("receive a request: %w", err)
-		case n == 0:
-			return nil
 		}
 		if err := answer(request[:n], oob[:oobn]); err != nil {
 			return fmt.Errorf("answer a request: %w", err)
