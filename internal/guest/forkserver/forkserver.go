@@ -187,7 +187,7 @@ func Run() error {
 		switch {
 		case err == unix.EINTR:
 			continue
-		case n == 0 || err == unix.ECONNRESET: // the latter when an answer was never read
+		case err == nil && n == 0 || err == unix.ECONNRESET: // the latter when an answer was never read
 			return nil
 		case err != nil:
 			return fmt.Errorf("receive a request: %w", err)
