@@ -161,19 +161,30 @@ func build(setup *guestv1.Setup, fds []int) (net.Listener, *Guest, error) {
 	if err := rootfs.Build(setup, fds); err != nil {
 		return nil, nil, err
 	}
+	var (
+		leaving sync.WaitGroup
+		left    error
+	)
+	leaving.Go(func() { left = rootfs.LetGo() })
+	g, err := inside(setup, cfg, thread)
+	leaving.Wait()
+	return listener, g, errors.Join(err, left)
+}
+
+// inside does what is done in the new root.
+func inside(setup *guestv1.Setup, cfg Config, thread confine.Thread) (*Guest, error) {
 	if err := unix.Sethostname([]byte(setup.GetHostname())); err != nil {
-		return nil, nil, fmt.Errorf("set the host name: %w", err)
+		return nil, fmt.Errorf("set the host name: %w", err)
 	}
 	if err := os.MkdirAll(setup.GetRuntimeDirectory(), 0o700); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	// Hides the guest's memory and descriptors from root in the sandbox.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return nil, nil, fmt.Errorf("become undumpable: %w", err)
+		return nil, fmt.Errorf("become undumpable: %w", err)
 	}
 	cfg.Confine = thread.Apply
-	g, err := New(cfg)
-	return listener, g, err
+	return New(cfg)
 }
 
 // forbidUserNamespaces keeps any from being made in the sandbox, whichever system call

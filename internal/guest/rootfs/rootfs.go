@@ -24,7 +24,8 @@ import (
 const staging = "/tmp"
 
 // Build makes the root file system that setup describes and makes it the root of
-// the calling process's mount namespace. fds are the descriptors that setup names.
+// the calling process's mount namespace. fds are the descriptors that setup names. The
+// old root has still to be let go.
 func Build(setup *guestv1.Setup, fds []int) error {
 	if len(setup.GetOverlays()) == 0 {
 		return errors.New("setup names no overlay for the root")
@@ -62,7 +63,7 @@ func Build(setup *guestv1.Setup, fds []int) error {
 			return nil
 		})
 	}
-	work = append(work, func() error { return b.kernelFilesystems(setup.GetShmBytes()) })
+	work = append(work, func() error { return devices(setup.GetShmBytes()) }, procAndSys)
 	if err := inParallel(work); err != nil {
 		return err
 	}
@@ -71,7 +72,7 @@ func Build(setup *guestv1.Setup, fds []int) error {
 			return fmt.Errorf("overlay at %q: %w", o.GetTarget(), err)
 		}
 	}
-	for _, name := range kernelDirectories() {
+	for _, name := range []string{"proc", "dev", "sys"} {
 		if err := move(staging+"/"+name, overlayPoint(0)+"/"+name); err != nil {
 			return fmt.Errorf("/%s: %w", name, err)
 		}
@@ -111,9 +112,6 @@ type builder struct {
 
 // overlayPoint is where an overlay is mounted until it is moved.
 func overlayPoint(i int) string { return staging + "/root" + strconv.Itoa(i) }
-
-// kernelDirectories are those of the kernel's file systems.
-func kernelDirectories() []string { return []string{"proc", "dev", "sys"} }
 
 // move moves a mount with those below it.
 func move(from, to string) error {
@@ -186,17 +184,14 @@ func (b *builder) overlay(index int, o *guestv1.Overlay) error {
 	return nil
 }
 
-// kernelFilesystems mounts /proc, /dev and /sys.
-func (b *builder) kernelFilesystems(shmBytes uint64) error {
-	const quiet = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	for _, name := range kernelDirectories() {
-		if err := os.Mkdir(filepath.Join(staging, name), 0o755); err != nil {
-			return err
-		}
-	}
-	const proc, dev, sys = staging + "/proc", staging + "/dev", staging + "/sys"
-	if err := unix.Mount("proc", proc, "proc", quiet, ""); err != nil {
-		return fmt.Errorf("mount /proc: %w", err)
+// quiet are the flags of mounts in which there is nothing to run.
+const quiet = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+
+// devices mounts /dev.
+func devices(shmBytes uint64) error {
+	const dev = staging + "/dev"
+	if err := os.Mkdir(dev, 0o755); err != nil {
+		return err
 	}
 	if err := unix.Mount("tmpfs", dev, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0755,size=64k"); err != nil {
 		return fmt.Errorf("mount /dev: %w", err)
@@ -229,6 +224,20 @@ func (b *builder) kernelFilesystems(shmBytes uint64) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// procAndSys mounts /proc and /sys.
+func procAndSys() error {
+	const proc, sys = staging + "/proc", staging + "/sys"
+	for _, d := range []string{proc, sys} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := unix.Mount("proc", proc, "proc", quiet, ""); err != nil {
+		return fmt.Errorf("mount /proc: %w", err)
+	}
 	if err := unix.Mount("sysfs", sys, "sysfs", quiet|unix.MS_RDONLY, ""); err != nil {
 		return fmt.Errorf("mount /sys: %w", err)
 	}
@@ -238,7 +247,7 @@ func (b *builder) kernelFilesystems(shmBytes uint64) error {
 // mask hides what /proc and /sys tell of the host or let a process change.
 func mask() error {
 	for _, name := range []string{"proc/kcore", "proc/keys", "proc/latency_stats", "proc/timer_list", "proc/sched_debug", "proc/sysrq-trigger", "proc/kmsg", "proc/kallsyms", "proc/kpagecount", "proc/kpageflags", "proc/kpagecgroup", "proc/modules"} {
-		err := unix.Mount(staging+"/dev/null", filepath.Join(staging, name), "", unix.MS_BIND, "")
+		err := unix.Mount(os.DevNull, filepath.Join(staging, name), "", unix.MS_BIND, "")
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("mask /%s: %w", name, err)
 		}
@@ -248,7 +257,7 @@ func mask() error {
 	if err := os.Mkdir(empty, 0o700); err != nil {
 		return err
 	}
-	if err := unix.Mount("tmpfs", empty, "tmpfs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "size=0"); err != nil {
+	if err := unix.Mount("tmpfs", empty, "tmpfs", quiet|unix.MS_RDONLY, "size=0"); err != nil {
 		return fmt.Errorf("mount what masks directories: %w", err)
 	}
 	for _, name := range []string{"proc/acpi", "proc/scsi", "sys/firmware", "sys/fs/bpf", "sys/kernel/debug", "sys/kernel/tracing", "sys/kernel/security", "sys/devices/virtual/powercap"} {
@@ -279,7 +288,7 @@ func makeReadOnly(path string) error {
 	return unix.MountSetattr(unix.AT_FDCWD, path, 0, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
 }
 
-// enter makes the new root the root and lets the old one go.
+// enter makes the new root the root.
 func enter(root string) error {
 	if err := os.Chdir(root); err != nil {
 		return err
@@ -287,8 +296,14 @@ func enter(root string) error {
 	if err := unix.PivotRoot(".", "."); err != nil {
 		return fmt.Errorf("pivot into the new root: %w", err)
 	}
-	// The old root lies over the new one at "."; detached, it takes the staging
-	// tmpfs, the layers' mounts and every path of the host with it.
+	return nil
+}
+
+// LetGo lets the old root go, after Build and before anybody else's program is started:
+// it lies over the new one at the working directory. Detached, it takes the staging
+// tmpfs, the layers' mounts and every path of the host with it. The kernel takes its
+// time for that, in which what begins at "/" is the new root's already.
+func LetGo() error {
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("let the old root go: %w", err)
 	}

@@ -133,7 +133,7 @@ func buildAndLook(dir string) error {
 	setup.Overlays = append(setup.Overlays, &guestv1.Overlay{
 		Target: "/opt", Lower: []*guestv1.Layer{mount(dir + "/a")}, Writable: mount(dir + "/layer"), WritableName: "opt",
 	})
-	if err := Build(setup, fds); err != nil {
+	if err := errors.Join(Build(setup, fds), LetGo()); err != nil {
 		return err
 	}
 	return json.NewEncoder(os.Stdout).Encode(look(dir))
