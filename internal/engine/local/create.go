@@ -85,7 +85,7 @@ func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err 
 	if err != nil {
 		return nil, err
 	}
-	defer ours.Close()
+	defer func() { _ = ours.Close() }()
 
 	// What takes no guest is made while it is being forked.
 	var (
