@@ -579,6 +579,7 @@ type details struct {
 	retry        *errdetails.RetryInfo
 	resource     *errdetails.ResourceInfo
 	precondition *errdetails.PreconditionFailure
+	quota        *errdetails.QuotaFailure
 }
 
 func detailsOf(t *testing.T, err error) details {
@@ -596,6 +597,8 @@ func detailsOf(t *testing.T, err error) details {
 			d.resource = detail
 		case *errdetails.PreconditionFailure:
 			d.precondition = detail
+		case *errdetails.QuotaFailure:
+			d.quota = detail
 		default:
 			t.Fatalf("unexpected detail %T", detail)
 		}

@@ -112,6 +112,9 @@ func (s *statuses) ofFault(e *fault.Error, resource string) error {
 		code = codes.OutOfRange
 	case fault.Exhausted:
 		code = codes.ResourceExhausted
+		if len(e.Quotas) > 0 {
+			details = append(details, quotaFailure(e.Quotas))
+		}
 	case fault.Unavailable:
 		code = codes.Unavailable
 		if retryAfter <= 0 {
@@ -149,6 +152,16 @@ func badRequest(fields []fault.Field) *errdetails.BadRequest {
 		})
 	}
 	return bad
+}
+
+func quotaFailure(quotas []fault.Quota) *errdetails.QuotaFailure {
+	failure := &errdetails.QuotaFailure{}
+	for _, quota := range quotas {
+		failure.Violations = append(failure.Violations, &errdetails.QuotaFailure_Violation{
+			Subject: clip(quota.Subject, maxDetailBytes), Description: clip(quota.Description, maxDetailBytes),
+		})
+	}
+	return failure
 }
 
 // resourceInfo names what is meant: the session where the reason is about one.

@@ -22,6 +22,8 @@ func newStatuses() (*statuses, *syncBuffer) {
 func TestStatusOfFaults(t *testing.T) {
 	retry := fault.New(fault.Exhausted, "TOO_MANY", "too many run")
 	retry.RetryAfter = 3 * time.Second
+	full := fault.New(fault.Exhausted, "QUEUE_FULL", "no place is free").With("max_running", "4")
+	full.Quotas = []fault.Quota{{Subject: "server:executions", Description: "at most 4"}, {Subject: "server:queue", Description: strings.Repeat("x", 1000)}}
 	tests := map[string]struct {
 		err    error
 		code   codes.Code
@@ -96,10 +98,25 @@ func TestStatusOfFaults(t *testing.T) {
 				}
 			},
 		},
+		"exhausted with quotas": {
+			err: full, code: codes.ResourceExhausted, reason: "QUEUE_FULL",
+			check: func(t *testing.T, d details) {
+				v := d.quota.GetViolations()
+				if len(v) != 2 || v[0].GetSubject() != "server:executions" || v[0].GetDescription() != "at most 4" || len(v[1].GetDescription()) > 2*maxDetailBytes {
+					t.Errorf("%v", v)
+				}
+				if d.info.GetMetadata()["max_running"] != "4" {
+					t.Errorf("%v", d.info)
+				}
+			},
+		},
 		"exhausted without a time": {
 			err:  fault.New(fault.Exhausted, "TOO_MANY", "m"),
 			code: codes.ResourceExhausted, reason: "TOO_MANY",
 			check: func(t *testing.T, d details) {
+				if d.quota != nil {
+					t.Errorf("quotas of nothing: %v", d.quota)
+				}
 				if d.retry != nil {
 					t.Errorf("a retry is promised: %v", d.retry)
 				}

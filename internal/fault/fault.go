@@ -41,6 +41,14 @@ type Field struct {
 	Description string
 }
 
+// Quota is one bound that was reached.
+type Quota struct {
+	// Subject is what is bounded, and whose: "server:queue".
+	Subject string
+	// Description says what the bound is and how to get along with it.
+	Description string
+}
+
 // Error is an error with its kind and the facts a program can act on.
 type Error struct {
 	Kind Kind
@@ -50,6 +58,8 @@ type Error struct {
 	Message string
 	// Fields are the wrong fields, for Invalid.
 	Fields []Field
+	// Quotas are the bounds that were reached, for Exhausted.
+	Quotas []Quota
 	// Meta are further facts for programs.
 	Meta map[string]string
 	// RetryAfter says when a repeat may work, for Unavailable and Exhausted; 0 if unknown.
