@@ -65,6 +65,10 @@ func defaults() *configv1.Config {
 		Output:       &configv1.Output{DefaultRetainedBytes: 1 << 30, MaxRetainedBytes: 64 << 30},
 		Reflection:   true,
 		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094},
+		Admission: &configv1.Admission{
+			MaxRunning: 256, MaxQueued: 1024, MaxQueueWait: durationpb.New(30 * time.Second), MaxSandboxes: 4000,
+		},
+		Pool: &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
 	}
 }
 
@@ -90,6 +94,8 @@ func full() (map[string]string, *configv1.Config) {
 			"output.default_retained_bytes": "2097152", "output.max_retained_bytes": "3MiB",
 			"reflection": "false", "local.uid_base": "131072", "local.uid_count": "7",
 			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
+			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
+			"pool.size": "3", "pool.max_age": "1h",
 		}, &configv1.Config{
 			Listen: "unix:/run/x.sock", StateDir: "/state", DrainTimeout: durationpb.New(90 * time.Second),
 			OnStop: configv1.OnStop_ON_STOP_TERMINATE,
@@ -98,6 +104,8 @@ func full() (map[string]string, *configv1.Config) {
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
 			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
 				ExtraPaths: []string{"/opt/a"}},
+			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
+			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
 		}
 }
 
@@ -325,6 +333,17 @@ func TestBadValues(t *testing.T) {
 		{"local.extra_paths", "opt", "not an absolute path"},
 		{"local.extra_paths", "/", "below /"},
 		{"local.extra_paths", "/opt/", "not an absolute path"},
+		{"admission.max_running", "0", "greater than or equal to 1"},
+		{"admission.max_running", "1000001", "less than or equal to 1000000"},
+		{"admission.max_queued", "1000001", "less than or equal to 1000000"},
+		{"admission.max_queued", "-1", "not between 0 and 4294967295"},
+		{"admission.max_queue_wait", "0s", "greater than or equal to 0.001s"},
+		{"admission.max_queue_wait", "61m", "less than or equal to 3600s"},
+		{"admission.max_sandboxes", "0", "greater than or equal to 1"},
+		{"admission.max_sandboxes", "1000001", "less than or equal to 1000000"},
+		{"pool.size", "1001", "less than or equal to 1000"},
+		{"pool.max_age", "999ms", "greater than or equal to 1s"},
+		{"pool.max_age", "25h", "less than or equal to 86400s"},
 	}
 	tested := make(map[string]bool)
 	for _, test := range tests {
@@ -490,9 +509,9 @@ func TestFieldNames(t *testing.T) {
 		}
 	}
 	got := slices.Sorted(maps.Keys(flags))
-	want := []string{"config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
+	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
 		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level", "on-stop",
-		"output-default-retained-bytes", "output-max-retained-bytes", "reflection", "state-dir"}
+		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection", "state-dir"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("renaming a flag breaks people's scripts (-want +got):\n%s", diff)
 	}
@@ -527,6 +546,14 @@ local:
   extra_paths:
     - /opt/a b
     - '/opt/ü: #'
+admission:
+  max_running: 256
+  max_queued: 1024
+  max_queue_wait: 30s
+  max_sandboxes: 4000
+pool:
+  size: 2
+  max_age: 10m0s
 `
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Errorf("differs (-want +got):\n%s", diff)

@@ -283,7 +283,11 @@ type Config struct {
 	// Whether clients can ask for the services by gRPC server reflection. Default true.
 	Reflection bool `protobuf:"varint,8,opt,name=reflection,proto3" json:"reflection,omitempty"`
 	// The local engine, which makes sandboxes on this host.
-	Local         *Local `protobuf:"bytes,9,opt,name=local,proto3" json:"local,omitempty"`
+	Local *Local `protobuf:"bytes,9,opt,name=local,proto3" json:"local,omitempty"`
+	// How much may run at a time.
+	Admission *Admission `protobuf:"bytes,13,opt,name=admission,proto3" json:"admission,omitempty"`
+	// Sandboxes that are kept ready.
+	Pool          *Pool `protobuf:"bytes,14,opt,name=pool,proto3" json:"pool,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -377,6 +381,20 @@ func (x *Config) GetReflection() bool {
 func (x *Config) GetLocal() *Local {
 	if x != nil {
 		return x.Local
+	}
+	return nil
+}
+
+func (x *Config) GetAdmission() *Admission {
+	if x != nil {
+		return x.Admission
+	}
+	return nil
+}
+
+func (x *Config) GetPool() *Pool {
+	if x != nil {
+		return x.Pool
 	}
 	return nil
 }
@@ -641,6 +659,143 @@ func (x *Local) GetExtraPaths() []string {
 	return nil
 }
 
+// Admission says how much may run at a time, and what becomes of the rest: it waits in a
+// queue, in the order in which it came, or is refused with RESOURCE_EXHAUSTED. What ran
+// before a restart goes on, also where that is more than the limits.
+type Admission struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Executions at a time: 1 to 1,000,000. Default 256.
+	MaxRunning uint32 `protobuf:"varint,1,opt,name=max_running,json=maxRunning,proto3" json:"max_running,omitempty"`
+	// Requests that wait for their turn: 0 to 1,000,000; with 0 none does. Default 1024.
+	MaxQueued uint32 `protobuf:"varint,2,opt,name=max_queued,json=maxQueued,proto3" json:"max_queued,omitempty"`
+	// How long a request waits for its turn before it is refused: 1 ms to 1 h. Default
+	// 30 s.
+	MaxQueueWait *durationpb.Duration `protobuf:"bytes,3,opt,name=max_queue_wait,json=maxQueueWait,proto3" json:"max_queue_wait,omitempty"`
+	// Sandboxes in use at a time, of sessions and of one-shot executions together: 1 to
+	// 1,000,000. Those that the pool keeps ready come on top. The local engine needs a
+	// range of user ids for each, see local.uid_count. Default 4000.
+	MaxSandboxes  uint32 `protobuf:"varint,4,opt,name=max_sandboxes,json=maxSandboxes,proto3" json:"max_sandboxes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Admission) Reset() {
+	*x = Admission{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Admission) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Admission) ProtoMessage() {}
+
+func (x *Admission) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Admission.ProtoReflect.Descriptor instead.
+func (*Admission) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Admission) GetMaxRunning() uint32 {
+	if x != nil {
+		return x.MaxRunning
+	}
+	return 0
+}
+
+func (x *Admission) GetMaxQueued() uint32 {
+	if x != nil {
+		return x.MaxQueued
+	}
+	return 0
+}
+
+func (x *Admission) GetMaxQueueWait() *durationpb.Duration {
+	if x != nil {
+		return x.MaxQueueWait
+	}
+	return nil
+}
+
+func (x *Admission) GetMaxSandboxes() uint32 {
+	if x != nil {
+		return x.MaxSandboxes
+	}
+	return 0
+}
+
+// Pool says which sandboxes are kept ready, so that a request need not wait until one is
+// made. Each is used once. Only requests without limits of their own get one. They are
+// made in the background, one at a time, and not while executions wait for their turn.
+type Pool struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many are kept ready of each kind that is asked for: 0 to 1000; 0 turns the pool
+	// off. Default 2.
+	Size uint32 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
+	// After what time one that nobody needed is replaced by a fresh one: 1 s to 24 h.
+	// Default 10 min.
+	MaxAge        *durationpb.Duration `protobuf:"bytes,2,opt,name=max_age,json=maxAge,proto3" json:"max_age,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Pool) Reset() {
+	*x = Pool{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Pool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Pool) ProtoMessage() {}
+
+func (x *Pool) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Pool.ProtoReflect.Descriptor instead.
+func (*Pool) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Pool) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *Pool) GetMaxAge() *durationpb.Duration {
+	if x != nil {
+		return x.MaxAge
+	}
+	return nil
+}
+
 var file_harvest_config_v1_config_proto_extTypes = []protoimpl.ExtensionInfo{
 	{
 		ExtendedType:  (*descriptorpb.FieldOptions)(nil),
@@ -667,7 +822,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x1eharvest/config/v1/config.proto\x12\x11harvest.config.v1\x1a\x1bbuf/validate/validate.proto\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"6\n" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
-	"\adefault\x18\x02 \x01(\tR\adefault\"\x8e\x06\n" +
+	"\adefault\x18\x02 \x01(\tR\adefault\"\xf7\x06\n" +
 	"\x06Config\x12b\n" +
 	"\x06listen\x18\x01 \x01(\tBJ\xbaH\x04r\x02 \x01\x8a\xb5\x18?\n" +
 	"-loopback HOST:PORT or unix:/PATH to listen on\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -684,7 +839,9 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"reflection\x18\b \x01(\bB:\x8a\xb5\x186\n" +
 	".answer gRPC server reflection; =false does not\x12\x04trueR\n" +
 	"reflection\x12.\n" +
-	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\"\x9a\x03\n" +
+	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\x12:\n" +
+	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
+	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\"\x9a\x03\n" +
 	"\x03Log\x12\x80\x01\n" +
 	"\x05level\x18\x01 \x01(\x0e2\x1c.harvest.config.v1.Log.LevelBL\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18>\n" +
 	"6least level that is logged: debug, info, warn or error\x12\x04infoR\x05level\x12j\n" +
@@ -727,7 +884,24 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"?control group for those of sandboxes; empty for executord's ownR\fcgroupParent\x12}\n" +
 	"\vextra_paths\x18\x04 \x03(\tB\\\xbaH\a\x92\x01\x04\x10@\x18\x01\x8a\xb5\x18N\n" +
 	"Lfurther directory of the host that sandboxes see, read-only; may be repeatedR\n" +
-	"extraPaths*J\n" +
+	"extraPaths\"\xce\x03\n" +
+	"\tAdmission\x12K\n" +
+	"\vmax_running\x18\x01 \x01(\rB*\xbaH\b*\x06\x18\xc0\x84=(\x01\x8a\xb5\x18\x1b\n" +
+	"\x14executions at a time\x12\x03256R\n" +
+	"maxRunning\x12h\n" +
+	"\n" +
+	"max_queued\x18\x02 \x01(\rBI\xbaH\x06*\x04\x18\xc0\x84=\x8a\xb5\x18<\n" +
+	"4requests that wait for their turn; 0 refuses at once\x12\x041024R\tmaxQueued\x12\x82\x01\n" +
+	"\x0emax_queue_wait\x18\x03 \x01(\v2\x19.google.protobuf.DurationBA\xbaH\x0e\xaa\x01\v\"\x03\b\x90\x1c2\x04\x10\xc0\x84=\x8a\xb5\x18,\n" +
+	"%how long a request waits for its turn\x12\x0330sR\fmaxQueueWait\x12\x84\x01\n" +
+	"\rmax_sandboxes\x18\x04 \x01(\rB_\xbaH\b*\x06\x18\xc0\x84=(\x01\x8a\xb5\x18P\n" +
+	"Hsandboxes in use at a time, of sessions and one-shot executions together\x12\x044000R\fmaxSandboxes\"\xf7\x01\n" +
+	"\x04Pool\x12[\n" +
+	"\x04size\x18\x01 \x01(\rBG\xbaH\x05*\x03\x18\xe8\a\x8a\xb5\x18;\n" +
+	"6sandboxes of each kind that are kept ready; 0 for none\x12\x012R\x04size\x12\x91\x01\n" +
+	"\amax_age\x18\x02 \x01(\v2\x19.google.protobuf.DurationB]\xbaH\r\xaa\x01\n" +
+	"\"\x04\b\x80\xa3\x052\x02\b\x01\x8a\xb5\x18I\n" +
+	"Bafter what time a sandbox that is ready is replaced by a fresh one\x12\x0310mR\x06maxAge*J\n" +
 	"\x06OnStop\x12\x17\n" +
 	"\x13ON_STOP_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fON_STOP_KEEP\x10\x01\x12\x15\n" +
@@ -748,7 +922,7 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
 	(Log_Level)(0),                    // 1: harvest.config.v1.Log.Level
@@ -759,25 +933,31 @@ var file_harvest_config_v1_config_proto_goTypes = []any{
 	(*Limits)(nil),                    // 6: harvest.config.v1.Limits
 	(*Output)(nil),                    // 7: harvest.config.v1.Output
 	(*Local)(nil),                     // 8: harvest.config.v1.Local
-	(*durationpb.Duration)(nil),       // 9: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 10: google.protobuf.FieldOptions
+	(*Admission)(nil),                 // 9: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 10: harvest.config.v1.Pool
+	(*durationpb.Duration)(nil),       // 11: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 12: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	9,  // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	11, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
 	5,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
 	6,  // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
 	7,  // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
 	8,  // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	1,  // 6: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	2,  // 7: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	10, // 8: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	3,  // 9: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	10, // [10:10] is the sub-list for method output_type
-	10, // [10:10] is the sub-list for method input_type
-	9,  // [9:10] is the sub-list for extension type_name
-	8,  // [8:9] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	9,  // 6: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	10, // 7: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	1,  // 8: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	2,  // 9: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	11, // 10: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	11, // 11: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	12, // 12: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	3,  // 13: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	13, // [13:14] is the sub-list for extension type_name
+	12, // [12:13] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -791,7 +971,7 @@ func file_harvest_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   6,
+			NumMessages:   8,
 			NumExtensions: 1,
 			NumServices:   0,
 		},
