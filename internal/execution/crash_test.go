@@ -141,6 +141,7 @@ type world struct {
 	fake  *enginefake.Engine
 	store *memory
 	dir   string
+	ready string // the sandbox that the pool has; "" for none
 }
 
 // executord is a Service and its view of the world.
@@ -153,6 +154,7 @@ func (w *world) executord(at func(step string)) *executord {
 	w.t.Helper()
 	m := &mortal{Store: w.store, Engine: w.fake, at: at}
 	s, err := execution.New(execution.Config{
+		Pool:   claims{m, w.ready},
 		Engine: m, Store: m, Sessions: m, Dir: w.dir, DefaultRetainedBytes: 1 << 20, MaxRetainedBytes: 1 << 20,
 	})
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
@@ -220,6 +221,9 @@ type rig struct {
 	sessions *sessions
 	dir      string
 	log      *lockedBuffer
+	// pool and admission are the Config's.
+	pool      execution.Pool
+	admission *admission.Controller
 }
 
 // Delete deletes an execution by a request without a name.
@@ -259,7 +263,7 @@ func scripted(s enginefake.Script) enginefake.Config {
 func (r *rig) open() {
 	r.t.Helper()
 	s, err := execution.New(execution.Config{
-		Engine: r.engine, Store: r.store, Sessions: r.sessions, Dir: r.dir,
+		Engine: r.engine, Store: r.store, Sessions: r.sessions, Dir: r.dir, Pool: r.pool, Admission: r.admission,
 		DefaultRetainedBytes: 64 << 20, MaxRetainedBytes: 1 << 30,
 		Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	})

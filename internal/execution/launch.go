@@ -22,7 +22,9 @@ func (r *run) launch(ctx context.Context, command Command) *Result {
 			return result
 		}
 	}
-	r.times.SandboxReady = time.Now()
+	if r.times.SandboxReady.IsZero() {
+		r.times.SandboxReady = time.Now()
+	}
 	r.meet(ctx)
 	if o := r.ordered(); o != nil {
 		return stopped(o, &Result{TreeEmpty: true})

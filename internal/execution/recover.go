@@ -72,6 +72,7 @@ func (s *Service) recover(ctx context.Context, e Execution) (context.Context, *r
 	}
 	e.Epoch = handle.Epoch()
 	runCtx, r := newRun(s, e, handle, nil)
+	r.slot = s.cfg.Admission.Occupy(needOf(e))
 	r.resumed, r.begun, r.times.Started = true, e.State > Starting, e.StartTime
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/guestclient"
@@ -48,6 +49,7 @@ type run struct {
 	cancel  context.CancelCauseFunc // ends the leading goroutine
 	done    chan struct{}           // closed when the end is recorded
 	left    chan struct{}           // closed when the leading goroutine is through
+	slot    *admission.Slot         // given back when it leaves
 
 	// Owned by the leading goroutine.
 	sandbox  engine.Sandbox
@@ -108,6 +110,7 @@ func (r *run) leave() {
 	r.spent(nil)
 	r.service.dismiss(r)
 	r.log.release()
+	r.slot.Release()
 	r.service.logs.stock() // after the end, when nobody waits for this run
 	close(r.left)
 }

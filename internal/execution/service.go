@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/fault"
@@ -23,11 +24,22 @@ type Sessions interface {
 	Sandbox(ctx context.Context, sessionID string) (engine.Sandbox, error)
 }
 
+// Pool has sandboxes that are ready.
+type Pool interface {
+	// Claim takes one that is as spec says but for its name, and never waits; false if
+	// there is none.
+	Claim(spec engine.Spec) (engine.Sandbox, bool)
+}
+
 // Config says what a Service works with.
 type Config struct {
 	Engine   engine.Engine
 	Store    Store
 	Sessions Sessions
+	// Admission says how much may run; nil for no limit.
+	Admission *admission.Controller
+	// Pool is asked first for the sandbox of a one-shot; nil for none.
+	Pool Pool
 	// Dir holds the event logs, a directory for each execution.
 	Dir string
 	// DefaultRetainedBytes bounds the log of an execution that says nothing else,
@@ -88,6 +100,9 @@ func New(cfg Config) (*Service, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Admission == nil {
+		cfg.Admission = admission.New(admission.Config{})
+	}
 	idle := make(chan struct{})
 	close(idle)
 	logs := newLogs(cfg.Dir)
@@ -107,10 +122,12 @@ func New(cfg Config) (*Service, error) {
 	}, nil
 }
 
-// Start records an execution and begins to run it. Once it returns nil the
-// execution exists, whatever happens to executord. The repeat of an earlier request
-// starts nothing and returns that one's execution as it is now; a fault NotFound if it
-// was deleted, AlreadyExists (REQUEST_ID_REUSED) if its name was used for another.
+// Start records an execution and begins to run it, when it is its turn. Once it returns
+// nil the execution exists, whatever happens to executord. The repeat of an earlier request
+// starts nothing and returns that one's execution as it is now. Faults besides those of
+// a request that is wrong: NotFound if that one was deleted, AlreadyExists
+// (REQUEST_ID_REUSED) if its name was used for another, Exhausted (QUEUE_FULL,
+// QUEUE_TIMEOUT, DISK_FULL), Unavailable (SERVER_DRAINING).
 func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	earlier, done, err := s.requests.Begin(ctx, r.Key)
 	if err != nil {
@@ -127,6 +144,16 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	if err != nil {
 		return Execution{}, err
 	}
+	slot, err := s.cfg.Admission.Acquire(ctx, needOf(e))
+	if err != nil {
+		return Execution{}, err
+	}
+	leads := false
+	defer func() {
+		if !leads {
+			slot.Release()
+		}
+	}()
 	command := r.Command.withDefaults()
 	e.Command = command.Stored()
 	handle, err := s.logs.create(e.ID, e.RetainedBytes)
@@ -146,7 +173,10 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 		return Execution{}, err
 	}
 	defer s.work.Done()
+	run.slot, leads = slot, true
+	e.Sandbox = run.claim()
 	if err := s.register(ctx, e, r.Key); err != nil {
+		run.discard(ctx)
 		run.forget()
 		return Execution{}, err
 	}
@@ -227,10 +257,7 @@ func (s *Service) admit(r *run) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.draining || s.closed {
-		return &fault.Error{
-			Kind: fault.Unavailable, Reason: "SERVER_DRAINING", RetryAfter: time.Second,
-			Message: "executord is stopping and takes no new work",
-		}
+		return admission.Draining()
 	}
 	s.addLocked(r)
 	s.work.Add(1)
@@ -478,12 +505,14 @@ func (s *Service) sealAgain(e Execution, handle *logHandle) error {
 	return nil
 }
 
-// Drain refuses new work from now on and waits until nothing runs.
+// Drain refuses new work from now on, also what waits for its turn, and waits until
+// nothing runs.
 func (s *Service) Drain(ctx context.Context) error {
 	s.mu.Lock()
 	s.draining = true
 	idle := s.idle
 	s.mu.Unlock()
+	s.cfg.Admission.Drain()
 	select {
 	case <-idle:
 		return nil
@@ -499,6 +528,7 @@ func (s *Service) Close() error {
 	s.mu.Lock()
 	s.draining, s.closed = true, true
 	s.mu.Unlock()
+	s.cfg.Admission.Drain()
 	for _, r := range s.all(func(*run) bool { return true }) {
 		r.cancel(ErrClosed)
 	}

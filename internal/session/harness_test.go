@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/fault"
@@ -180,6 +181,9 @@ type rig struct {
 	store      *memory
 	executions *executions
 	log        *lockedBuffer
+	// pool and admission are the Config's.
+	pool      session.Pool
+	admission *admission.Controller
 }
 
 // Terminate ends a session by a request without a name.
@@ -210,7 +214,9 @@ func newRig(t *testing.T, hooks enginefake.Hooks) *rig {
 // open makes a Service; it is closed at the end of the test.
 func (r *rig) open() {
 	r.t.Helper()
-	s, err := session.New(session.Config{Engine: r.fake, Store: r.store, Logger: slog.New(slog.NewTextHandler(r.log, nil))})
+	s, err := session.New(session.Config{
+		Engine: r.fake, Store: r.store, Pool: r.pool, Admission: r.admission, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
+	})
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
 )
@@ -40,10 +41,12 @@ type live struct {
 	service *Service
 	id      string
 	cancel  context.CancelCauseFunc
-	started chan struct{} // closed when it is no longer Starting, or found again
-	ending  chan struct{} // closed when it is to end
-	ended   chan struct{} // closed when its end is recorded
-	left    chan struct{} // closed when the leading goroutine is through
+	started chan struct{}   // closed when it is no longer Starting, or found again
+	ending  chan struct{}   // closed when it is to end
+	ended   chan struct{}   // closed when its end is recorded
+	left    chan struct{}   // closed when the leading goroutine is through
+	slot    *admission.Slot // given back when it leaves
+	claimed engine.Sandbox  // was ready when the session was created; nil if none was
 
 	mu      sync.Mutex
 	record  Session
@@ -55,10 +58,10 @@ type live struct {
 	interrupt context.CancelCauseFunc
 }
 
-func newLive(s *Service, record Session) (context.Context, *live) {
+func newLive(s *Service, record Session, slot *admission.Slot) (context.Context, *live) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	return ctx, &live{
-		service: s, id: record.ID, record: record, cancel: cancel,
+		service: s, id: record.ID, record: record, cancel: cancel, slot: slot,
 		started: make(chan struct{}), ending: make(chan struct{}), ended: make(chan struct{}), left: make(chan struct{}),
 	}
 }
@@ -67,6 +70,7 @@ func newLive(s *Service, record Session) (context.Context, *live) {
 func (l *live) leave() {
 	l.cancel(errClosed)
 	l.service.dismiss(l)
+	l.slot.Release()
 	close(l.left)
 }
 
@@ -161,7 +165,10 @@ func (l *live) make(ctx context.Context) bool {
 	if asked {
 		return true
 	}
-	sandbox, err := l.service.cfg.Engine.Create(creating, engine.Spec{ID: l.record.Sandbox, Limits: l.record.Limits})
+	sandbox, err := l.claimed, error(nil)
+	if sandbox == nil {
+		sandbox, err = l.service.cfg.Engine.Create(creating, engine.Spec{ID: l.record.Sandbox, Limits: l.record.Limits})
+	}
 	if err != nil {
 		if ctx.Err() != nil {
 			return false

@@ -10,6 +10,7 @@ import (
 
 	"github.com/oklog/ulid/v2"
 
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -21,10 +22,21 @@ type Executions interface {
 	EndSession(ctx context.Context, sessionID string) error
 }
 
+// Pool has sandboxes that are ready.
+type Pool interface {
+	// Claim takes one that is as spec says but for its name, and never waits; false if
+	// there is none.
+	Claim(spec engine.Spec) (engine.Sandbox, bool)
+}
+
 // Config says what a Service works with.
 type Config struct {
 	Engine engine.Engine
 	Store  Store
+	// Admission says how many sandboxes there may be; nil for no limit.
+	Admission *admission.Controller
+	// Pool is asked first for a sandbox; nil for none.
+	Pool   Pool
 	Logger *slog.Logger
 }
 
@@ -66,6 +78,9 @@ func New(cfg Config) (*Service, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Admission == nil {
+		cfg.Admission = admission.New(admission.Config{})
+	}
 	return &Service{
 		cfg: cfg, log: cfg.Logger, live: make(map[string]*live), requests: idempotency.Requests{Store: cfg.Store},
 	}, nil
@@ -79,9 +94,11 @@ func (s *Service) SetExecutions(e Executions) {
 	s.executions = e
 }
 
-// Create records a session and begins to make its sandbox. The repeat of an earlier
-// request makes nothing and returns that one's session as it is now; a fault
-// AlreadyExists (REQUEST_ID_REUSED) if its name was used for another.
+// Create records a session and begins to make its sandbox, when there is a place for one.
+// The repeat of an earlier request makes nothing and returns that one's session as it is
+// now. Faults besides those of a request that is wrong: AlreadyExists
+// (REQUEST_ID_REUSED) if its name was used for another, Exhausted (QUEUE_FULL,
+// QUEUE_TIMEOUT), Unavailable (SERVER_DRAINING).
 func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	earlier, done, err := s.requests.Begin(ctx, r.Key)
 	if err != nil {
@@ -106,17 +123,24 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 		ID: id, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id),
 		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
 	}
-	runCtx, l := newLive(s, record)
+	slot, err := s.cfg.Admission.Acquire(ctx, admission.Need{Sandbox: true})
+	if err != nil {
+		return Session{}, err
+	}
+	runCtx, l := newLive(s, record, slot)
 	if err := s.admit(l); err != nil {
+		slot.Release()
 		return Session{}, err
 	}
 	defer s.work.Done()
+	record = l.claim()
 	if r.Key.ID == "" {
 		err = s.cfg.Store.InsertSession(ctx, record)
 	} else {
 		err = s.cfg.Store.InsertSessionOnce(ctx, r.Key, record)
 	}
 	if err != nil {
+		l.discard(ctx)
 		l.forget()
 		return Session{}, fmt.Errorf("record session %s: %w", id, err)
 	}
@@ -133,10 +157,7 @@ func (s *Service) admit(l *live) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.draining {
-		return &fault.Error{
-			Kind: fault.Unavailable, Reason: "SERVER_DRAINING", RetryAfter: time.Second,
-			Message: "executord is stopping and takes no new work",
-		}
+		return admission.Draining()
 	}
 	s.live[l.id] = l
 	s.work.Add(1)
@@ -167,7 +188,7 @@ func (s *Service) Recover(ctx context.Context) error {
 	}
 	var found []*live
 	for _, record := range unfinished {
-		runCtx, l := newLive(s, record)
+		runCtx, l := newLive(s, record, s.cfg.Admission.Occupy(admission.Need{Sandbox: true}))
 		switch record.State {
 		case Running:
 			found = append(found, l)
@@ -270,11 +291,12 @@ func (s *Service) Running() int {
 	return len(s.live)
 }
 
-// Drain refuses new sessions from now on.
+// Drain refuses new sessions from now on, also those that wait for their turn.
 func (s *Service) Drain() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.draining = true
+	s.mu.Unlock()
+	s.cfg.Admission.Drain()
 }
 
 // StopAll ends every session with SERVER_STOPPED.
@@ -305,6 +327,7 @@ func (s *Service) Close() error {
 		l.cancel(errClosed)
 	}
 	s.mu.Unlock()
+	s.cfg.Admission.Drain()
 	s.work.Wait()
 	return nil
 }

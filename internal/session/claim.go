@@ -1,0 +1,38 @@
+package session
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/harvest-run/executord/internal/engine"
+)
+
+// claim takes a sandbox that is ready, if there is one, and returns the record with its
+// name. That must be written before the session is told of; a sandbox that no record
+// names is ended as a stray.
+func (l *live) claim() Session {
+	if l.service.cfg.Pool == nil {
+		return l.snapshot()
+	}
+	sandbox, ok := l.service.cfg.Pool.Claim(engine.Spec{Limits: l.record.Limits})
+	if ok {
+		l.mu.Lock()
+		l.claimed, l.record.Sandbox = sandbox, sandbox.ID()
+		l.mu.Unlock()
+	}
+	return l.snapshot()
+}
+
+// discard ends a sandbox that was claimed for a session which did not come to be.
+func (l *live) discard(ctx context.Context) {
+	if l.claimed == nil {
+		return
+	}
+	l.service.work.Go(func() {
+		bounded, stop := context.WithTimeoutCause(context.WithoutCancel(ctx), sandboxTime, fmt.Errorf("not ended within %v", sandboxTime))
+		defer stop()
+		if _, err := l.claimed.Terminate(bounded); err != nil {
+			l.service.log.ErrorContext(ctx, "a sandbox is left until the next start", "sandbox", l.claimed.ID(), "error", err)
+		}
+	})
+}
