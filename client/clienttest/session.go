@@ -132,6 +132,11 @@ func serverInfo() *executorv1.GetServerInfoResponse {
 		Version: "v0.1.0", GoVersion: "go1.26.8", StartTime: at(0),
 		RunningExecutions: 1, RunningSessions: 2,
 		DefaultLimits: &executorv1.Limits{MemoryBytes: 1 << 30, CpuMillis: 2000, Pids: 512},
+		WarmPool:      &executorv1.WarmPool{Size: 2, Ready: 1, Hits: 40, Misses: 3},
+		Admission: &executorv1.Admission{
+			Running: 1, Queued: 5, Sandboxes: 3, MaxRunning: 256, MaxQueued: 1024,
+			MaxQueueWait: durationpb.New(30 * time.Second), MaxSandboxes: 4000,
+		},
 		Engines: []*executorv1.Engine{{
 			Name: "fake", Isolation: "none", Sandboxes: 3,
 			Capabilities: []*executorv1.Capability{

@@ -5,7 +5,10 @@ import (
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/pool"
+	"google.golang.org/protobuf/types/known/durationpb"
 )
 
 // Info knows the server as a whole. The daemon is meant.
@@ -29,6 +32,10 @@ type ServerInfo struct {
 	Draining bool
 	// DefaultLimits are those of a request that names none.
 	DefaultLimits engine.Limits
+	// Pool is how the sandboxes do that are kept ready.
+	Pool pool.Stats
+	// Admission is how much runs, waits and may.
+	Admission admission.Stats
 }
 
 // EngineInfo describes one engine.
@@ -60,6 +67,10 @@ func (s *adminService) GetServerInfo(ctx context.Context, _ *executorv1.GetServe
 		RunningSessions:   int64(info.RunningSessions),
 		Draining:          info.Draining,
 		DefaultLimits:     limitsProto(info.DefaultLimits),
+		WarmPool: &executorv1.WarmPool{
+			Size: int64(info.Pool.Size), Ready: int64(info.Pool.Ready), Hits: info.Pool.Hits, Misses: info.Pool.Misses,
+		},
+		Admission: admissionProto(info.Admission),
 	}
 	for _, e := range info.Engines {
 		described := &executorv1.Engine{Name: e.Name, Isolation: e.Isolation, Sandboxes: int64(e.Sandboxes)}
@@ -71,4 +82,12 @@ func (s *adminService) GetServerInfo(ctx context.Context, _ *executorv1.GetServe
 		resp.Engines = append(resp.Engines, described)
 	}
 	return resp, nil
+}
+
+func admissionProto(a admission.Stats) *executorv1.Admission {
+	return &executorv1.Admission{
+		Running: int64(a.Running), Queued: int64(a.Queued), Sandboxes: int64(a.Sandboxes),
+		MaxRunning: int64(a.MaxRunning), MaxQueued: int64(a.MaxQueued),
+		MaxQueueWait: durationpb.New(a.MaxQueueWait), MaxSandboxes: int64(a.MaxSandboxes),
+	}
 }

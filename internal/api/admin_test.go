@@ -6,8 +6,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/pool"
 	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -24,6 +27,11 @@ func TestGetServerInfo(t *testing.T) {
 		},
 		RunningExecutions: 3, RunningSessions: 4, Draining: true,
 		DefaultLimits: engine.Limits{MemoryBytes: 1, CPUMillis: 2, PIDs: 3},
+		Pool:          pool.Stats{Size: 2, Ready: 1, Hits: 7, Misses: 8},
+		Admission: admission.Stats{
+			Config:  admission.Config{MaxRunning: 9, MaxSandboxes: 10, MaxQueued: 11, MaxQueueWait: 12 * time.Second},
+			Running: 13, Sandboxes: 14, Queued: 15,
+		},
 	}
 	got, err := b.admin.GetServerInfo(t.Context(), &executorv1.GetServerInfoRequest{})
 	if err != nil {
@@ -40,6 +48,11 @@ func TestGetServerInfo(t *testing.T) {
 		},
 		RunningExecutions: 3, RunningSessions: 4, Draining: true,
 		DefaultLimits: &executorv1.Limits{MemoryBytes: 1, CpuMillis: 2, Pids: 3},
+		WarmPool:      &executorv1.WarmPool{Size: 2, Ready: 1, Hits: 7, Misses: 8},
+		Admission: &executorv1.Admission{
+			Running: 13, Queued: 15, Sandboxes: 14, MaxRunning: 9, MaxQueued: 11,
+			MaxQueueWait: durationpb.New(12 * time.Second), MaxSandboxes: 10,
+		},
 	}
 	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)

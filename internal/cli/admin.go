@@ -46,6 +46,13 @@ func (a *app) adminInfo() *cobra.Command {
 			{"sessions", fmt.Sprintf("%d running", info.GetRunningSessions())},
 			{"limits", formatLimits(info.GetDefaultLimits())},
 		}
+		if a := info.GetAdmission(); a != nil { // an older server does not tell
+			rows = append(rows, []string{"admission", fmt.Sprintf("%d of %d executions, %d of %d sandboxes, %d of %d waiting for at most %v",
+				a.GetRunning(), a.GetMaxRunning(), a.GetSandboxes(), a.GetMaxSandboxes(), a.GetQueued(), a.GetMaxQueued(), a.GetMaxQueueWait().AsDuration())})
+		}
+		if p := info.GetWarmPool(); p.GetSize() > 0 {
+			rows = append(rows, []string{"pool", fmt.Sprintf("%d ready, %d of each kind wanted, %d hits, %d misses", p.GetReady(), p.GetSize(), p.GetHits(), p.GetMisses())})
+		}
 		for _, e := range info.GetEngines() {
 			rows = append(rows, []string{"engine " + e.GetName(), fmt.Sprintf("isolation %s, %d sandboxes", e.GetIsolation(), e.GetSandboxes())})
 			for _, c := range e.GetCapabilities() {

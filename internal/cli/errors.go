@@ -91,6 +91,8 @@ func (a *app) hint(err error) string {
 		}
 	case "SERVER_DRAINING":
 		return "the server is stopping; try again when it is back"
+	case "QUEUE_FULL", "QUEUE_TIMEOUT":
+		return "the server is at its limit, try again later; executorctl admin info shows how much runs"
 	case "LIMIT_NOT_ENFORCEABLE":
 		return "executorctl doctor says what the server's host can enforce"
 	case "LIMITS_WITH_PARENT":

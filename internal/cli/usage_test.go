@@ -156,6 +156,7 @@ func TestFailures(t *testing.T) {
 		{line: "run 'refuse UNAVAILABLE SERVER_DRAINING - stopping'", code: 125, want: "hint: the server is stopping; try again"},
 		{line: "run 'refuse INVALID_ARGUMENT LIMITS_WITH_PARENT - no'", code: 125, want: "hint: the limits of a session are"},
 		{line: "run 'refuse FAILED_PRECONDITION SESSION_NOT_RUNNING - no'", code: 125, want: "hint: executorctl session list --all"},
+		{line: "run 'refuse RESOURCE_EXHAUSTED QUEUE_FULL - no place is free'", code: 125, want: "hint: the server is at its limit, try again later"},
 		{line: "run 'refuse RESOURCE_EXHAUSTED DISK_FULL - no room'", code: 125, want: "hint: make room"},
 		{line: "run 'refuse INTERNAL SOMETHING_NEW - broken \x1b[31m'", code: 125, want: `broken \x1b[31m`},
 		{line: "run 'refuse UNIMPLEMENTED - - unknown'", code: 125, want: "unknown"},

@@ -16,9 +16,11 @@ import (
 	"time"
 
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local"
+	"github.com/harvest-run/executord/internal/engine/pool"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/guestbinary"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -48,6 +50,7 @@ type Daemon struct {
 	engine     engine.Engine
 	executions executions
 	sessions   sessions
+	pool       warmPool
 	server     server
 	listener   net.Listener
 	info       *serverInfo
@@ -76,6 +79,13 @@ type sessions interface {
 	// StopAll ends all that live and returns when they have ended.
 	StopAll(ctx context.Context) error
 	Running() int
+}
+
+// warmPool is what a Daemon does with a pool.Pool.
+type warmPool interface {
+	// Run keeps sandboxes ready until Drain is called, and ends them.
+	Run(ctx context.Context) error
+	Drain()
 }
 
 // server is what a Daemon does with an api.Server.
@@ -124,7 +134,14 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 		defer cancel()
 		return measured.Close(last)
 	})
-	sessionService, executionService, err := c.openServices(ctx, d, st, measured)
+	allowed := admission.New(admissionConfig(c.Settings.GetAdmission()))
+	// It makes nothing before Run, and so nothing that could be taken for a stray.
+	ready := pool.New(pool.Config{
+		Engine: d.engine, Size: int(c.Settings.GetPool().GetSize()), MaxAge: c.Settings.GetPool().GetMaxAge().AsDuration(),
+		Busy: allowed.Saturated, Logger: c.Logger,
+	})
+	d.pool = ready
+	sessionService, executionService, err := c.openServices(ctx, d, st, measured, allowed, ready)
 	if err != nil {
 		return nil, err
 	}
@@ -139,7 +156,9 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d.info = newServerInfo(d.engine, executionService, sessionService)
+	d.info = &serverInfo{
+		start: time.Now(), engine: d.engine, executions: executionService, sessions: sessionService, pool: ready, admission: allowed,
+	}
 	shutdown, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
 	d.cutOff = cutOff
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
@@ -162,18 +181,20 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 }
 
 // openServices makes the services and lets them recover.
-func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, measured *telemetry.Telemetry) (*session.Service, *execution.Service, error) {
+func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, measured *telemetry.Telemetry, allowed *admission.Controller, ready *pool.Pool) (*session.Service, *execution.Service, error) {
 	observer, err := measured.NewExecutions()
 	if err != nil {
 		return nil, nil, err
 	}
-	sessionService, err := session.New(session.Config{Engine: d.engine, Store: st, Logger: c.Logger})
+	sessionService, err := session.New(session.Config{
+		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Logger: c.Logger,
+	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the session service: %w", err)
 	}
 	output := c.Settings.GetOutput()
 	executionService, err := execution.New(execution.Config{
-		Engine: d.engine, Store: st, Sessions: sessionService,
+		Engine: d.engine, Store: st, Sessions: sessionService, Admission: allowed, Pool: ready,
 		Dir:                  filepath.Join(c.Settings.GetStateDir(), "executions"),
 		DefaultRetainedBytes: output.GetDefaultRetainedBytes(),
 		MaxRetainedBytes:     output.GetMaxRetainedBytes(),
@@ -200,6 +221,13 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		return nil, nil, fmt.Errorf("take up executions: %w", err)
 	}
 	return sessionService, executionService, nil
+}
+
+func admissionConfig(settings *configv1.Admission) admission.Config {
+	return admission.Config{
+		MaxRunning: int(settings.GetMaxRunning()), MaxSandboxes: int(settings.GetMaxSandboxes()),
+		MaxQueued: int(settings.GetMaxQueued()), MaxQueueWait: settings.GetMaxQueueWait().AsDuration(),
+	}
 }
 
 // openLocal makes the local engine.

@@ -147,6 +147,7 @@ func settings(t *testing.T, args ...string) *configv1.Config {
 	loaded, err := config.Load(config.Input{
 		Args: append([]string{
 			"--state-dir=" + filepath.Join(dir, "state"), "--listen=unix:" + filepath.Join(dir, "sock"), "--drain-timeout=0s",
+			"--pool-size=0", // most tests count sandboxes
 		}, args...),
 		WorkingDirectory: dir,
 	})

@@ -6,8 +6,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/pool"
 	"github.com/harvest-run/executord/internal/version"
 )
 
@@ -17,11 +19,9 @@ type serverInfo struct {
 	engine     engine.Engine
 	executions interface{ Running() int }
 	sessions   interface{ Running() int }
+	pool       interface{ Stats() pool.Stats }
+	admission  *admission.Controller
 	draining   atomic.Bool
-}
-
-func newServerInfo(e engine.Engine, executions, sessions interface{ Running() int }) *serverInfo {
-	return &serverInfo{start: time.Now(), engine: e, executions: executions, sessions: sessions}
 }
 
 // setDraining notes that new work is refused.
@@ -45,5 +45,7 @@ func (s *serverInfo) ServerInfo(ctx context.Context) (api.ServerInfo, error) {
 		RunningSessions:   s.sessions.Running(),
 		Draining:          s.draining.Load(),
 		DefaultLimits:     s.engine.DefaultLimits(),
+		Pool:              s.pool.Stats(),
+		Admission:         s.admission.Stats(),
 	}, nil
 }

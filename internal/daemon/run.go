@@ -54,6 +54,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		idempotency.Sweep(ctx, d.requests, d.log)
 		return nil
 	})
+	parts.Go(d.pool.Run)
 	d.log.InfoContext(ctx, "ready", "address", d.listener.Addr().String(), "engine", d.engine.Name(),
 		"executions", d.executions.Running(), "sessions", d.sessions.Running(), "strays", len(d.strays))
 	err := parts.Wait()
@@ -62,13 +63,15 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return err
 }
 
-// stop ends the service in the order that loses nothing: no new work, then what runs,
+// stop ends the service in the order that loses nothing: no new work, nor sandboxes for
+// it, then what runs,
 // then those who watch it.
 func (d *Daemon) stop(ctx context.Context, why error) {
 	d.log.InfoContext(ctx, "stopping", "cause", why,
 		"executions", d.executions.Running(), "sessions", d.sessions.Running(), "drain_timeout", d.drainTimeout())
 	d.info.setDraining()
 	d.server.SetServing(false)
+	d.pool.Drain()
 	d.sessions.Drain()
 	d.drain(ctx)
 	if d.terminates() {

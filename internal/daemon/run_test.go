@@ -56,6 +56,7 @@ type stepService struct {
 	lasts time.Duration
 	// stopped is closed by Stop, cut when streams are cut off.
 	stopped, cut chan struct{}
+	drained      chan struct{} // closed when the pool is
 	serveErr     error
 	// streams says that there are some that end only when they are cut off; graceful is
 	// how long GracefulStop takes after that.
@@ -93,6 +94,11 @@ func (s stepSessions) Drain()                        { s.add("drain sessions") }
 func (s stepSessions) StopAll(context.Context) error { s.add("stop sessions"); return nil }
 func (s stepSessions) Running() int                  { return 0 }
 
+type stepPool struct{ *stepService }
+
+func (s stepPool) Run(context.Context) error { <-s.drained; return nil }
+func (s stepPool) Drain()                    { s.add("drain pool"); close(s.drained) }
+
 type stepServer struct{ *stepService }
 
 func (s stepServer) Serve(net.Listener) error {
@@ -128,7 +134,7 @@ func (s stepServer) Stop() {
 
 // TestOrderOfStop looks at what a stop does, one after the other.
 func TestOrderOfStop(t *testing.T) {
-	const settled = "0s serving false|0s drain sessions|0s drain executions"
+	const settled = "0s serving false|0s drain pool|0s drain sessions|0s drain executions"
 	for name, test := range map[string]struct {
 		onStop   configv1.OnStop
 		drain    time.Duration
@@ -175,7 +181,7 @@ func TestOrderOfStop(t *testing.T) {
 		},
 		"the listener breaks": {
 			drain: 30 * time.Second, serveErr: errors.New("accept: too many open files"), err: true,
-			want: "1s serving false|1s drain sessions|1s drain executions|1s graceful stop|3s cut off|3s stop server|3s close",
+			want: "1s serving false|1s drain pool|1s drain sessions|1s drain executions|1s graceful stop|3s cut off|3s stop server|3s close",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -183,14 +189,14 @@ func TestOrderOfStop(t *testing.T) {
 				told := &steps{start: time.Now()}
 				service := &stepService{
 					steps: told, lasts: test.lasts, streams: !test.quiet, graceful: test.graceful, serveErr: test.serveErr,
-					stopped: make(chan struct{}), cut: make(chan struct{}),
+					stopped: make(chan struct{}), cut: make(chan struct{}), drained: make(chan struct{}),
 				}
 				service.running.Store(int64(test.running))
 				d := &Daemon{
 					log:      discard(),
 					settings: &configv1.Config{DrainTimeout: durationpb.New(test.drain), OnStop: test.onStop},
 					engine:   newFakeEngine(), executions: stepExecutions{service}, sessions: stepSessions{service},
-					requests: noRequests{}, server: stepServer{service}, listener: bufconn.Listen(1), info: &serverInfo{},
+					requests: noRequests{}, pool: stepPool{service}, server: stepServer{service}, listener: bufconn.Listen(1), info: &serverInfo{},
 					cutOff: func(error) {
 						synctest.Wait() // GracefulStop began before it
 						told.add("cut off")
@@ -319,6 +325,11 @@ func (w *liveWatcher) Close()                   {}
 
 type noSessions struct{ api.Sessions }
 
+type noPool struct{}
+
+func (noPool) Run(context.Context) error { return nil }
+func (noPool) Drain()                    {}
+
 func (noSessions) Drain()                        {}
 func (noSessions) StopAll(context.Context) error { return nil }
 func (noSessions) Running() int                  { return 0 }
@@ -346,7 +357,7 @@ func streamsAtStop(t *testing.T, onStop configv1.OnStop) {
 	d := &Daemon{
 		log: discard(), settings: &configv1.Config{DrainTimeout: durationpb.New(time.Minute), OnStop: onStop},
 		engine: newFakeEngine(), executions: executions, sessions: noSessions{},
-		requests: noRequests{}, server: server, listener: listener, info: &serverInfo{}, cutOff: cutOff,
+		requests: noRequests{}, pool: noPool{}, server: server, listener: listener, info: &serverInfo{}, cutOff: cutOff,
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()

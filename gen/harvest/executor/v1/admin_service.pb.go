@@ -11,6 +11,7 @@ package executorv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -80,6 +81,10 @@ type GetServerInfoResponse struct {
 	Draining bool `protobuf:"varint,7,opt,name=draining,proto3" json:"draining,omitempty"`
 	// The limits that a sandbox gets where a request names none.
 	DefaultLimits *Limits `protobuf:"bytes,8,opt,name=default_limits,json=defaultLimits,proto3" json:"default_limits,omitempty"`
+	// Sandboxes that are kept ready.
+	WarmPool *WarmPool `protobuf:"bytes,30,opt,name=warm_pool,json=warmPool,proto3" json:"warm_pool,omitempty"`
+	// How much runs and waits, and how much may.
+	Admission     *Admission `protobuf:"bytes,31,opt,name=admission,proto3" json:"admission,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -170,6 +175,196 @@ func (x *GetServerInfoResponse) GetDefaultLimits() *Limits {
 	return nil
 }
 
+func (x *GetServerInfoResponse) GetWarmPool() *WarmPool {
+	if x != nil {
+		return x.WarmPool
+	}
+	return nil
+}
+
+func (x *GetServerInfoResponse) GetAdmission() *Admission {
+	if x != nil {
+		return x.Admission
+	}
+	return nil
+}
+
+// WarmPool describes the sandboxes that are kept ready for requests without limits of
+// their own. All is 0 where the pool is turned off.
+type WarmPool struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many are kept ready of each kind that is asked for.
+	Size int64 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
+	// How many are ready now, of all kinds.
+	Ready int64 `protobuf:"varint,2,opt,name=ready,proto3" json:"ready,omitempty"`
+	// Since the start: requests that got one.
+	Hits int64 `protobuf:"varint,3,opt,name=hits,proto3" json:"hits,omitempty"`
+	// Since the start: requests for which none was ready, and for which one was made.
+	Misses        int64 `protobuf:"varint,4,opt,name=misses,proto3" json:"misses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WarmPool) Reset() {
+	*x = WarmPool{}
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WarmPool) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WarmPool) ProtoMessage() {}
+
+func (x *WarmPool) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WarmPool.ProtoReflect.Descriptor instead.
+func (*WarmPool) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_admin_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *WarmPool) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *WarmPool) GetReady() int64 {
+	if x != nil {
+		return x.Ready
+	}
+	return 0
+}
+
+func (x *WarmPool) GetHits() int64 {
+	if x != nil {
+		return x.Hits
+	}
+	return 0
+}
+
+func (x *WarmPool) GetMisses() int64 {
+	if x != nil {
+		return x.Misses
+	}
+	return 0
+}
+
+// Admission describes how much runs and waits now, and how much may. What is too much is
+// refused with RESOURCE_EXHAUSTED and the reason QUEUE_FULL or QUEUE_TIMEOUT.
+type Admission struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Executions that have a place: those that run, and those that end and have not yet
+	// given it back. What ran before a restart can be more than the limit.
+	Running int64 `protobuf:"varint,1,opt,name=running,proto3" json:"running,omitempty"`
+	// Requests that wait for a place, in the order in which they came.
+	Queued int64 `protobuf:"varint,2,opt,name=queued,proto3" json:"queued,omitempty"`
+	// Sandboxes in use, of sessions and one-shot executions.
+	Sandboxes int64 `protobuf:"varint,3,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	// The most executions at a time.
+	MaxRunning int64 `protobuf:"varint,4,opt,name=max_running,json=maxRunning,proto3" json:"max_running,omitempty"`
+	// The most requests that wait.
+	MaxQueued int64 `protobuf:"varint,5,opt,name=max_queued,json=maxQueued,proto3" json:"max_queued,omitempty"`
+	// How long a request waits at most.
+	MaxQueueWait *durationpb.Duration `protobuf:"bytes,6,opt,name=max_queue_wait,json=maxQueueWait,proto3" json:"max_queue_wait,omitempty"`
+	// The most sandboxes in use at a time.
+	MaxSandboxes  int64 `protobuf:"varint,7,opt,name=max_sandboxes,json=maxSandboxes,proto3" json:"max_sandboxes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Admission) Reset() {
+	*x = Admission{}
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Admission) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Admission) ProtoMessage() {}
+
+func (x *Admission) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Admission.ProtoReflect.Descriptor instead.
+func (*Admission) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_admin_service_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Admission) GetRunning() int64 {
+	if x != nil {
+		return x.Running
+	}
+	return 0
+}
+
+func (x *Admission) GetQueued() int64 {
+	if x != nil {
+		return x.Queued
+	}
+	return 0
+}
+
+func (x *Admission) GetSandboxes() int64 {
+	if x != nil {
+		return x.Sandboxes
+	}
+	return 0
+}
+
+func (x *Admission) GetMaxRunning() int64 {
+	if x != nil {
+		return x.MaxRunning
+	}
+	return 0
+}
+
+func (x *Admission) GetMaxQueued() int64 {
+	if x != nil {
+		return x.MaxQueued
+	}
+	return 0
+}
+
+func (x *Admission) GetMaxQueueWait() *durationpb.Duration {
+	if x != nil {
+		return x.MaxQueueWait
+	}
+	return nil
+}
+
+func (x *Admission) GetMaxSandboxes() int64 {
+	if x != nil {
+		return x.MaxSandboxes
+	}
+	return 0
+}
+
 // Engine describes what sandboxes are made of.
 type Engine struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -187,7 +382,7 @@ type Engine struct {
 
 func (x *Engine) Reset() {
 	*x = Engine{}
-	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[2]
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -199,7 +394,7 @@ func (x *Engine) String() string {
 func (*Engine) ProtoMessage() {}
 
 func (x *Engine) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[2]
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -212,7 +407,7 @@ func (x *Engine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Engine.ProtoReflect.Descriptor instead.
 func (*Engine) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_admin_service_proto_rawDescGZIP(), []int{2}
+	return file_harvest_executor_v1_admin_service_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Engine) GetName() string {
@@ -260,7 +455,7 @@ type Capability struct {
 
 func (x *Capability) Reset() {
 	*x = Capability{}
-	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[3]
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -272,7 +467,7 @@ func (x *Capability) String() string {
 func (*Capability) ProtoMessage() {}
 
 func (x *Capability) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[3]
+	mi := &file_harvest_executor_v1_admin_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -285,7 +480,7 @@ func (x *Capability) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capability.ProtoReflect.Descriptor instead.
 func (*Capability) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_admin_service_proto_rawDescGZIP(), []int{3}
+	return file_harvest_executor_v1_admin_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Capability) GetName() string {
@@ -320,8 +515,8 @@ var File_harvest_executor_v1_admin_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\n" +
-	"'harvest/executor/v1/admin_service.proto\x12\x13harvest.executor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\"\x16\n" +
-	"\x14GetServerInfoRequest\"\xfc\x02\n" +
+	"'harvest/executor/v1/admin_service.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\"\x16\n" +
+	"\x14GetServerInfoRequest\"\xf6\x03\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
@@ -332,7 +527,24 @@ const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\x12running_executions\x18\x05 \x01(\x03R\x11runningExecutions\x12)\n" +
 	"\x10running_sessions\x18\x06 \x01(\x03R\x0frunningSessions\x12\x1a\n" +
 	"\bdraining\x18\a \x01(\bR\bdraining\x12B\n" +
-	"\x0edefault_limits\x18\b \x01(\v2\x1b.harvest.executor.v1.LimitsR\rdefaultLimits\"\x9d\x01\n" +
+	"\x0edefault_limits\x18\b \x01(\v2\x1b.harvest.executor.v1.LimitsR\rdefaultLimits\x12:\n" +
+	"\twarm_pool\x18\x1e \x01(\v2\x1d.harvest.executor.v1.WarmPoolR\bwarmPool\x12<\n" +
+	"\tadmission\x18\x1f \x01(\v2\x1e.harvest.executor.v1.AdmissionR\tadmission\"`\n" +
+	"\bWarmPool\x12\x12\n" +
+	"\x04size\x18\x01 \x01(\x03R\x04size\x12\x14\n" +
+	"\x05ready\x18\x02 \x01(\x03R\x05ready\x12\x12\n" +
+	"\x04hits\x18\x03 \x01(\x03R\x04hits\x12\x16\n" +
+	"\x06misses\x18\x04 \x01(\x03R\x06misses\"\x81\x02\n" +
+	"\tAdmission\x12\x18\n" +
+	"\arunning\x18\x01 \x01(\x03R\arunning\x12\x16\n" +
+	"\x06queued\x18\x02 \x01(\x03R\x06queued\x12\x1c\n" +
+	"\tsandboxes\x18\x03 \x01(\x03R\tsandboxes\x12\x1f\n" +
+	"\vmax_running\x18\x04 \x01(\x03R\n" +
+	"maxRunning\x12\x1d\n" +
+	"\n" +
+	"max_queued\x18\x05 \x01(\x03R\tmaxQueued\x12?\n" +
+	"\x0emax_queue_wait\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\fmaxQueueWait\x12#\n" +
+	"\rmax_sandboxes\x18\a \x01(\x03R\fmaxSandboxes\"\x9d\x01\n" +
 	"\x06Engine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tisolation\x18\x02 \x01(\tR\tisolation\x12C\n" +
@@ -360,27 +572,33 @@ func file_harvest_executor_v1_admin_service_proto_rawDescGZIP() []byte {
 	return file_harvest_executor_v1_admin_service_proto_rawDescData
 }
 
-var file_harvest_executor_v1_admin_service_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_harvest_executor_v1_admin_service_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_harvest_executor_v1_admin_service_proto_goTypes = []any{
 	(*GetServerInfoRequest)(nil),  // 0: harvest.executor.v1.GetServerInfoRequest
 	(*GetServerInfoResponse)(nil), // 1: harvest.executor.v1.GetServerInfoResponse
-	(*Engine)(nil),                // 2: harvest.executor.v1.Engine
-	(*Capability)(nil),            // 3: harvest.executor.v1.Capability
-	(*timestamppb.Timestamp)(nil), // 4: google.protobuf.Timestamp
-	(*Limits)(nil),                // 5: harvest.executor.v1.Limits
+	(*WarmPool)(nil),              // 2: harvest.executor.v1.WarmPool
+	(*Admission)(nil),             // 3: harvest.executor.v1.Admission
+	(*Engine)(nil),                // 4: harvest.executor.v1.Engine
+	(*Capability)(nil),            // 5: harvest.executor.v1.Capability
+	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*Limits)(nil),                // 7: harvest.executor.v1.Limits
+	(*durationpb.Duration)(nil),   // 8: google.protobuf.Duration
 }
 var file_harvest_executor_v1_admin_service_proto_depIdxs = []int32{
-	4, // 0: harvest.executor.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
-	2, // 1: harvest.executor.v1.GetServerInfoResponse.engines:type_name -> harvest.executor.v1.Engine
-	5, // 2: harvest.executor.v1.GetServerInfoResponse.default_limits:type_name -> harvest.executor.v1.Limits
-	3, // 3: harvest.executor.v1.Engine.capabilities:type_name -> harvest.executor.v1.Capability
-	0, // 4: harvest.executor.v1.AdminService.GetServerInfo:input_type -> harvest.executor.v1.GetServerInfoRequest
-	1, // 5: harvest.executor.v1.AdminService.GetServerInfo:output_type -> harvest.executor.v1.GetServerInfoResponse
-	5, // [5:6] is the sub-list for method output_type
-	4, // [4:5] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	6, // 0: harvest.executor.v1.GetServerInfoResponse.start_time:type_name -> google.protobuf.Timestamp
+	4, // 1: harvest.executor.v1.GetServerInfoResponse.engines:type_name -> harvest.executor.v1.Engine
+	7, // 2: harvest.executor.v1.GetServerInfoResponse.default_limits:type_name -> harvest.executor.v1.Limits
+	2, // 3: harvest.executor.v1.GetServerInfoResponse.warm_pool:type_name -> harvest.executor.v1.WarmPool
+	3, // 4: harvest.executor.v1.GetServerInfoResponse.admission:type_name -> harvest.executor.v1.Admission
+	8, // 5: harvest.executor.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	5, // 6: harvest.executor.v1.Engine.capabilities:type_name -> harvest.executor.v1.Capability
+	0, // 7: harvest.executor.v1.AdminService.GetServerInfo:input_type -> harvest.executor.v1.GetServerInfoRequest
+	1, // 8: harvest.executor.v1.AdminService.GetServerInfo:output_type -> harvest.executor.v1.GetServerInfoResponse
+	8, // [8:9] is the sub-list for method output_type
+	7, // [7:8] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_admin_service_proto_init() }
@@ -395,7 +613,7 @@ func file_harvest_executor_v1_admin_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_executor_v1_admin_service_proto_rawDesc), len(file_harvest_executor_v1_admin_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

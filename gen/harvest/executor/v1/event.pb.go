@@ -1016,7 +1016,8 @@ func (x *StreamTotal) GetDropped() int64 {
 // StageTimes says when each stage was reached. A stage that was not is absent.
 type StageTimes struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The request was accepted and recorded.
+	// The request came in. What follows until sandbox_ready is the time in which it waited
+	// for its turn and its sandbox was made.
 	Queued *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=queued,proto3" json:"queued,omitempty"`
 	// The sandbox was ready.
 	SandboxReady *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=sandbox_ready,json=sandboxReady,proto3" json:"sandbox_ready,omitempty"`

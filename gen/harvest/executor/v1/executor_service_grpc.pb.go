@@ -57,6 +57,9 @@ type ExecutorServiceClient interface {
 	// leaves. INVALID_ARGUMENT, NOT_FOUND (parent), FAILED_PRECONDITION (a limit that
 	// cannot be enforced, a session that is not running), ALREADY_EXISTS (a request_id
 	// that was used for another request), UNAVAILABLE (draining).
+	// While as many run as may, the call waits for its turn, and fails with
+	// RESOURCE_EXHAUSTED (QUEUE_FULL, QUEUE_TIMEOUT) where too many wait or it takes too
+	// long; RetryInfo says when to try again, QuotaFailure what the limits are.
 	Execute(ctx context.Context, in *ExecuteRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExecuteResponse], error)
 	// Starts a command and answers as soon as it is recorded. Errors as in Execute.
 	StartExecution(ctx context.Context, in *StartExecutionRequest, opts ...grpc.CallOption) (*StartExecutionResponse, error)
@@ -232,6 +235,9 @@ type ExecutorServiceServer interface {
 	// leaves. INVALID_ARGUMENT, NOT_FOUND (parent), FAILED_PRECONDITION (a limit that
 	// cannot be enforced, a session that is not running), ALREADY_EXISTS (a request_id
 	// that was used for another request), UNAVAILABLE (draining).
+	// While as many run as may, the call waits for its turn, and fails with
+	// RESOURCE_EXHAUSTED (QUEUE_FULL, QUEUE_TIMEOUT) where too many wait or it takes too
+	// long; RetryInfo says when to try again, QuotaFailure what the limits are.
 	Execute(*ExecuteRequest, grpc.ServerStreamingServer[ExecuteResponse]) error
 	// Starts a command and answers as soon as it is recorded. Errors as in Execute.
 	StartExecution(context.Context, *StartExecutionRequest) (*StartExecutionResponse, error)

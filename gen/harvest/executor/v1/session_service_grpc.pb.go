@@ -37,6 +37,8 @@ type SessionServiceClient interface {
 	// Creates a session and answers at once, in STATE_STARTING. INVALID_ARGUMENT,
 	// FAILED_PRECONDITION (a limit that cannot be enforced), ALREADY_EXISTS (a request_id
 	// that was used for another request), UNAVAILABLE (draining).
+	// While there are as many sandboxes as may be, the call waits for its turn;
+	// RESOURCE_EXHAUSTED as in ExecutorService.Execute.
 	CreateSession(ctx context.Context, in *CreateSessionRequest, opts ...grpc.CallOption) (*CreateSessionResponse, error)
 	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
 	GetSession(ctx context.Context, in *GetSessionRequest, opts ...grpc.CallOption) (*GetSessionResponse, error)
@@ -106,6 +108,8 @@ type SessionServiceServer interface {
 	// Creates a session and answers at once, in STATE_STARTING. INVALID_ARGUMENT,
 	// FAILED_PRECONDITION (a limit that cannot be enforced), ALREADY_EXISTS (a request_id
 	// that was used for another request), UNAVAILABLE (draining).
+	// While there are as many sandboxes as may be, the call waits for its turn;
+	// RESOURCE_EXHAUSTED as in ExecutorService.Execute.
 	CreateSession(context.Context, *CreateSessionRequest) (*CreateSessionResponse, error)
 	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
 	GetSession(context.Context, *GetSessionRequest) (*GetSessionResponse, error)
