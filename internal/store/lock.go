@@ -7,8 +7,16 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
+)
+
+const (
+	// orphanTime is how long the lock of a holder that has died is waited for: a process
+	// that it was just starting keeps the lock until it has come to its exec.
+	orphanTime  = 5 * time.Second
+	orphanRetry = 10 * time.Millisecond
 )
 
 // lockDir makes this process the only one on a state directory until the file it
@@ -29,6 +37,10 @@ func lockDir(dir string) (*os.File, error) {
 
 func takeLock(file *os.File, dir string) error {
 	err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for begun := time.Now(); errors.Is(err, unix.EWOULDBLOCK) && died(holder(file)) && time.Since(begun) < orphanTime; {
+		time.Sleep(orphanRetry)
+		err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("state directory %q is in use by another executord (pid %s)", dir, holder(file))
 	}
@@ -44,6 +56,12 @@ func takeLock(file *os.File, dir string) error {
 		return fmt.Errorf("write the lock of state directory %q: %w", dir, err)
 	}
 	return nil
+}
+
+// died says whether a process is known to be gone.
+func died(pid string) bool {
+	n, err := strconv.Atoi(pid)
+	return err == nil && n > 0 && errors.Is(unix.Kill(n, 0), unix.ESRCH)
 }
 
 // holder reads the pid of the lock's holder. It is "unknown" in the moment between
