@@ -38,6 +38,7 @@ type options struct {
 	bytes   int64
 	idle    int
 	many    int
+	bin     string
 	results *results
 }
 
@@ -49,7 +50,7 @@ func run() error {
 	flag.IntVar(&o.many, "many", 2000, "idle sandboxes beside which a command is executed")
 	keep := flag.String("json", "", "file to keep the results in, for `bench plot`")
 	only := flag.String("only", "", "run only the measurements whose name contains this")
-	binaries := flag.String("bin", "bin", "directory of executord")
+	flag.StringVar(&o.bin, "bin", "bin", "directory of executord")
 	flag.Parse()
 	if os.Geteuid() != 0 {
 		return errors.New("needs root: crun and control groups")
@@ -59,7 +60,7 @@ func run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	d, err := startDaemon(ctx, *binaries)
+	d, err := startDaemon(ctx, o.bin, 0)
 	if err != nil {
 		return err
 	}
@@ -70,7 +71,7 @@ func run() error {
 		name    string
 		measure func(context.Context, *daemon, options) error
 	}{
-		{"exec", measureExec}, {"oneshot", measureOneShot}, {"rate", measureRate}, {"kill", measureKill},
+		{"exec", measureExec}, {"oneshot", measureOneShot}, {"warm", measureWarm}, {"rate", measureRate}, {"kill", measureKill},
 		{"stream", measureStream}, {"fanout", measureFanOut}, {"stuck", measureStuck}, {"watches", measureWatches},
 		{"idle", measureIdle}, {"many", measureMany},
 	} {

@@ -67,7 +67,7 @@ func measureFanOut(ctx context.Context, d *daemon, o options) error {
 	for _, watchers := range []int{1, 10, 100} {
 		clients := make([]*client.Client, watchers)
 		for i := range clients {
-			c, err := client.Dial(client.Config{Address: address})
+			c, err := client.Dial(client.Config{Address: d.address})
 			if err != nil {
 				return err
 			}
@@ -141,7 +141,7 @@ func measureStuck(ctx context.Context, d *daemon, o options) error {
 		}
 	}()
 	err = together(stuck, func(i int) error {
-		conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		conn, err := grpc.NewClient(d.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
 			return err
 		}
@@ -183,7 +183,7 @@ func measureWatches(ctx context.Context, d *daemon, o options) error {
 	}
 	const each, conns = 100, 10
 	err = together(conns, func(int) error {
-		c, err := client.Dial(client.Config{Address: address})
+		c, err := client.Dial(client.Config{Address: d.address})
 		if err != nil {
 			return err
 		}
