@@ -161,18 +161,18 @@ func TestKillAtAnyMoment(t *testing.T) {
 	}
 }
 
-// waitNoSandboxes waits until no sandbox has a directory.
+// waitNoSandboxes waits until no sandbox has a directory but those that the pool has ready.
 func waitNoSandboxes(t *testing.T, d *daemon) {
 	t.Helper()
-	var left []os.DirEntry
+	c := d.client()
+	defer c.Close()
 	for range 200 {
-		left, _ = os.ReadDir(d.dir + "/state/local/sandboxes")
-		if len(left) == 0 {
+		if len(d.sandboxes()) == int(d.info(c).GetWarmPool().GetReady()) {
 			return
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	t.Errorf("%d sandboxes are left, such as %s", len(left), left[0].Name())
+	t.Errorf("sandboxes are left: %v, and ready are %v", d.sandboxes(), d.info(c).GetWarmPool())
 }
 
 // A session lives on over a restart, with its files and what runs in it.
