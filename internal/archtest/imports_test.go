@@ -99,6 +99,16 @@ func rules() []rule {
 			why:  "it needs a pipe and nothing else",
 		},
 		{
+			of:   []string{"./internal/admission"},
+			ours: []string{"./internal/fault"}, modules: []string{},
+			why: "it counts places, whatever takes them",
+		},
+		{
+			of:   []string{"./internal/engine/pool"},
+			ours: []string{"./internal/engine", "./internal/fault"},
+			why:  "it keeps sandboxes ready over any engine, and knows nothing of what they are for",
+		},
+		{
 			of:    []string{"./internal/eventlog/..."},
 			never: []string{"./internal/execution/...", "./internal/engine/...", "./internal/store/...", "google.golang.org/grpc/..."},
 			why:   "the log keeps records, whatever they are of",
