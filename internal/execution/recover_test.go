@@ -373,7 +373,10 @@ func TestResultBeyondUnderstanding(t *testing.T) {
 		if first, err := w.Next(t.Context()); err != nil || first.Started == nil {
 			t.Errorf("%+v, %v", first, err)
 		}
-		// The record of a kind that is not known is left out.
+		// Of the record of a kind that is not known, the place is told.
+		if unknown, err := w.Next(t.Context()); err != nil || unknown.Cursor.Sequence != 2 || unknown.Output != nil || unknown.Result != nil {
+			t.Errorf("%+v, %v", unknown, err)
+		}
 		last, err := w.Next(t.Context())
 		if err != nil || last.Cursor.Sequence != 3 || cmp.Diff(e.Result, last.Result) != "" {
 			t.Errorf("%+v, %v", last, err)
