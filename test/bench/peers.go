@@ -31,6 +31,7 @@ func roles() map[string]func(args []string) error {
 // worker is a helper process that measures on request.
 type worker struct {
 	process *exec.Cmd
+	pipe    io.Closer // its end ends the worker
 	in      *json.Encoder
 	out     *json.Decoder
 }
@@ -59,7 +60,7 @@ func startCrun(ctx context.Context) (*worker, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	return &worker{cmd, json.NewEncoder(in), json.NewDecoder(out)}, nil
+	return &worker{cmd, in, json.NewEncoder(in), json.NewDecoder(out)}, nil
 }
 
 func (w *worker) ask(do string, took *time.Duration) error {
@@ -79,8 +80,9 @@ func (w *worker) ask(do string, took *time.Duration) error {
 	return nil
 }
 
+// stop ends the worker, which then removes what it made.
 func (w *worker) stop() {
-	_ = w.process.Process.Signal(syscall.SIGTERM)
+	_ = w.pipe.Close()
 	_ = w.process.Wait()
 }
 
