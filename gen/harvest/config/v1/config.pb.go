@@ -287,7 +287,9 @@ type Config struct {
 	// How much may run at a time.
 	Admission *Admission `protobuf:"bytes,13,opt,name=admission,proto3" json:"admission,omitempty"`
 	// Sandboxes that are kept ready.
-	Pool          *Pool `protobuf:"bytes,14,opt,name=pool,proto3" json:"pool,omitempty"`
+	Pool *Pool `protobuf:"bytes,14,opt,name=pool,proto3" json:"pool,omitempty"`
+	// How long what has ended is kept, and how much room it may take.
+	Retention     *Retention `protobuf:"bytes,15,opt,name=retention,proto3" json:"retention,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -395,6 +397,13 @@ func (x *Config) GetAdmission() *Admission {
 func (x *Config) GetPool() *Pool {
 	if x != nil {
 		return x.Pool
+	}
+	return nil
+}
+
+func (x *Config) GetRetention() *Retention {
+	if x != nil {
+		return x.Retention
 	}
 	return nil
 }
@@ -522,8 +531,8 @@ func (x *Limits) GetCpuMillis() int64 {
 	return 0
 }
 
-// Output says how much of an execution's log is kept. When more comes, the oldest is
-// dropped.
+// Output says how much of an execution's log is kept. What happens when more comes
+// each execution's output policy says.
 type Output struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What an execution gets that asks for nothing, in bytes: 1 MiB to 1 TiB and not
@@ -796,6 +805,77 @@ func (x *Pool) GetMaxAge() *durationpb.Duration {
 	return nil
 }
 
+// Retention says when ended executions are removed with their logs, and what room is
+// left to others. What runs, and what somebody is watching, is never removed. What was
+// removed and why is logged.
+type Retention struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How long an ended execution is kept, unless its output policy says less: 1 s to
+	// 315,360,000 s (10 years), or 0 for ever. Default 168h (7 days).
+	MaxAge *durationpb.Duration `protobuf:"bytes,1,opt,name=max_age,json=maxAge,proto3" json:"max_age,omitempty"`
+	// What the logs of all executions may take together, in bytes: 1 MiB to 1 PiB, or
+	// 0 for as much as there is. When they take more, the ended ones are removed, the
+	// one that ended first before the others. Default 32 GiB.
+	MaxTotalBytes int64 `protobuf:"varint,2,opt,name=max_total_bytes,json=maxTotalBytes,proto3" json:"max_total_bytes,omitempty"`
+	// New executions and sessions are refused, with RESOURCE_EXHAUSTED and reason
+	// DISK_FULL, while less than this is free under state_dir: up to 1 TiB, or 0 to try
+	// all the same. What runs goes on. Default 64 MiB.
+	MinFreeBytes  int64 `protobuf:"varint,3,opt,name=min_free_bytes,json=minFreeBytes,proto3" json:"min_free_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Retention) Reset() {
+	*x = Retention{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Retention) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Retention) ProtoMessage() {}
+
+func (x *Retention) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Retention.ProtoReflect.Descriptor instead.
+func (*Retention) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Retention) GetMaxAge() *durationpb.Duration {
+	if x != nil {
+		return x.MaxAge
+	}
+	return nil
+}
+
+func (x *Retention) GetMaxTotalBytes() int64 {
+	if x != nil {
+		return x.MaxTotalBytes
+	}
+	return 0
+}
+
+func (x *Retention) GetMinFreeBytes() int64 {
+	if x != nil {
+		return x.MinFreeBytes
+	}
+	return 0
+}
+
 var file_harvest_config_v1_config_proto_extTypes = []protoimpl.ExtensionInfo{
 	{
 		ExtendedType:  (*descriptorpb.FieldOptions)(nil),
@@ -822,7 +902,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x1eharvest/config/v1/config.proto\x12\x11harvest.config.v1\x1a\x1bbuf/validate/validate.proto\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"6\n" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
-	"\adefault\x18\x02 \x01(\tR\adefault\"\xf7\x06\n" +
+	"\adefault\x18\x02 \x01(\tR\adefault\"\xb3\a\n" +
 	"\x06Config\x12b\n" +
 	"\x06listen\x18\x01 \x01(\tBJ\xbaH\x04r\x02 \x01\x8a\xb5\x18?\n" +
 	"-loopback HOST:PORT or unix:/PATH to listen on\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -841,7 +921,8 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"reflection\x12.\n" +
 	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\x12:\n" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
-	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\"\x9a\x03\n" +
+	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
+	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\"\x9a\x03\n" +
 	"\x03Log\x12\x80\x01\n" +
 	"\x05level\x18\x01 \x01(\x0e2\x1c.harvest.config.v1.Log.LevelBL\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18>\n" +
 	"6least level that is logged: debug, info, warn or error\x12\x04infoR\x05level\x12j\n" +
@@ -901,7 +982,15 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"6sandboxes of each kind that are kept ready; 0 for none\x12\x012R\x04size\x12\x91\x01\n" +
 	"\amax_age\x18\x02 \x01(\v2\x19.google.protobuf.DurationB]\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xa3\x052\x02\b\x01\x8a\xb5\x18I\n" +
-	"Bafter what time a sandbox that is ready is replaced by a fresh one\x12\x0310mR\x06maxAge*J\n" +
+	"Bafter what time a sandbox that is ready is replaced by a fresh one\x12\x0310mR\x06maxAge\"\xa6\x03\n" +
+	"\tRetention\x12~\n" +
+	"\amax_age\x18\x01 \x01(\v2\x19.google.protobuf.DurationBJ\xbaH\r\xaa\x01\n" +
+	"\"\x06\b\x80\x86\xb0\x96\x012\x00\x8a\xb5\x186\n" +
+	".how long ended executions are kept; 0 for ever\x12\x04168hR\x06maxAge\x12\x8b\x01\n" +
+	"\x0fmax_total_bytes\x18\x02 \x01(\x03Bc\xbaH\x12\xd8\x01\x01\"\r\x18\x80\x80\x80\x80\x80\x80\x80\x02(\x80\x80@\x8a\xb5\x18J\n" +
+	"Awhat the logs of all executions may take together; 0 for no bound\x12\x0532GiBR\rmaxTotalBytes\x12\x8a\x01\n" +
+	"\x0emin_free_bytes\x18\x03 \x01(\x03Bd\xbaH\v\"\t\x18\x80\x80\x80\x80\x80 (\x00\x8a\xb5\x18R\n" +
+	"Iroom that must be free under the state directory for new work; 0 for none\x12\x0564MiBR\fminFreeBytes*J\n" +
 	"\x06OnStop\x12\x17\n" +
 	"\x13ON_STOP_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fON_STOP_KEEP\x10\x01\x12\x15\n" +
@@ -922,7 +1011,7 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
 	(Log_Level)(0),                    // 1: harvest.config.v1.Log.Level
@@ -935,11 +1024,12 @@ var file_harvest_config_v1_config_proto_goTypes = []any{
 	(*Local)(nil),                     // 8: harvest.config.v1.Local
 	(*Admission)(nil),                 // 9: harvest.config.v1.Admission
 	(*Pool)(nil),                      // 10: harvest.config.v1.Pool
-	(*durationpb.Duration)(nil),       // 11: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 12: google.protobuf.FieldOptions
+	(*Retention)(nil),                 // 11: harvest.config.v1.Retention
+	(*durationpb.Duration)(nil),       // 12: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 13: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	11, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	12, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
 	5,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
 	6,  // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
@@ -947,17 +1037,19 @@ var file_harvest_config_v1_config_proto_depIdxs = []int32{
 	8,  // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
 	9,  // 6: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
 	10, // 7: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	1,  // 8: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	2,  // 9: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	11, // 10: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	11, // 11: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	12, // 12: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	3,  // 13: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	13, // [13:14] is the sub-list for extension type_name
-	12, // [12:13] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	11, // 8: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	1,  // 9: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	2,  // 10: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	12, // 11: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	12, // 12: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	12, // 13: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	13, // 14: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	3,  // 15: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	16, // [16:16] is the sub-list for method output_type
+	16, // [16:16] is the sub-list for method input_type
+	15, // [15:16] is the sub-list for extension type_name
+	14, // [14:15] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -971,7 +1063,7 @@ func file_harvest_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 1,
 			NumServices:   0,
 		},

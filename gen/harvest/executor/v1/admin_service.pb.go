@@ -81,6 +81,14 @@ type GetServerInfoResponse struct {
 	Draining bool `protobuf:"varint,7,opt,name=draining,proto3" json:"draining,omitempty"`
 	// The limits that a sandbox gets where a request names none.
 	DefaultLimits *Limits `protobuf:"bytes,8,opt,name=default_limits,json=defaultLimits,proto3" json:"default_limits,omitempty"`
+	// Ended executions that are kept.
+	StoredExecutions int64 `protobuf:"varint,20,opt,name=stored_executions,json=storedExecutions,proto3" json:"stored_executions,omitempty"`
+	// What the logs of all executions take, in bytes, those that run included.
+	StoredBytes int64 `protobuf:"varint,21,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	// Bytes that are free under the state directory; 0 if that cannot be told.
+	FreeBytes int64 `protobuf:"varint,22,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	// True while new work is refused because too few are.
+	DiskFull bool `protobuf:"varint,23,opt,name=disk_full,json=diskFull,proto3" json:"disk_full,omitempty"`
 	// Sandboxes that are kept ready.
 	WarmPool *WarmPool `protobuf:"bytes,30,opt,name=warm_pool,json=warmPool,proto3" json:"warm_pool,omitempty"`
 	// How much runs and waits, and how much may.
@@ -173,6 +181,34 @@ func (x *GetServerInfoResponse) GetDefaultLimits() *Limits {
 		return x.DefaultLimits
 	}
 	return nil
+}
+
+func (x *GetServerInfoResponse) GetStoredExecutions() int64 {
+	if x != nil {
+		return x.StoredExecutions
+	}
+	return 0
+}
+
+func (x *GetServerInfoResponse) GetStoredBytes() int64 {
+	if x != nil {
+		return x.StoredBytes
+	}
+	return 0
+}
+
+func (x *GetServerInfoResponse) GetFreeBytes() int64 {
+	if x != nil {
+		return x.FreeBytes
+	}
+	return 0
+}
+
+func (x *GetServerInfoResponse) GetDiskFull() bool {
+	if x != nil {
+		return x.DiskFull
+	}
+	return false
 }
 
 func (x *GetServerInfoResponse) GetWarmPool() *WarmPool {
@@ -516,7 +552,7 @@ var File_harvest_executor_v1_admin_service_proto protoreflect.FileDescriptor
 const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\n" +
 	"'harvest/executor/v1/admin_service.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\"\x16\n" +
-	"\x14GetServerInfoRequest\"\xf6\x03\n" +
+	"\x14GetServerInfoRequest\"\x82\x05\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
@@ -527,7 +563,12 @@ const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\x12running_executions\x18\x05 \x01(\x03R\x11runningExecutions\x12)\n" +
 	"\x10running_sessions\x18\x06 \x01(\x03R\x0frunningSessions\x12\x1a\n" +
 	"\bdraining\x18\a \x01(\bR\bdraining\x12B\n" +
-	"\x0edefault_limits\x18\b \x01(\v2\x1b.harvest.executor.v1.LimitsR\rdefaultLimits\x12:\n" +
+	"\x0edefault_limits\x18\b \x01(\v2\x1b.harvest.executor.v1.LimitsR\rdefaultLimits\x12+\n" +
+	"\x11stored_executions\x18\x14 \x01(\x03R\x10storedExecutions\x12!\n" +
+	"\fstored_bytes\x18\x15 \x01(\x03R\vstoredBytes\x12\x1d\n" +
+	"\n" +
+	"free_bytes\x18\x16 \x01(\x03R\tfreeBytes\x12\x1b\n" +
+	"\tdisk_full\x18\x17 \x01(\bR\bdiskFull\x12:\n" +
 	"\twarm_pool\x18\x1e \x01(\v2\x1d.harvest.executor.v1.WarmPoolR\bwarmPool\x12<\n" +
 	"\tadmission\x18\x1f \x01(\v2\x1e.harvest.executor.v1.AdmissionR\tadmission\"`\n" +
 	"\bWarmPool\x12\x12\n" +

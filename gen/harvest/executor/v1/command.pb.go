@@ -82,6 +82,127 @@ func (Language) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{0}
 }
 
+// OnLimit says what becomes of output for which retained_bytes leave no room.
+type OutputPolicy_OnLimit int32
+
+const (
+	// Not set; ON_LIMIT_DROP_OLDEST is meant.
+	OutputPolicy_ON_LIMIT_UNSPECIFIED OutputPolicy_OnLimit = 0
+	// The oldest is dropped, and watchers who had not read it yet get a Gap. The
+	// program is never slowed down by its watchers.
+	OutputPolicy_ON_LIMIT_DROP_OLDEST OutputPolicy_OnLimit = 1
+	// The program waits, as on a full pipe, until its watchers have read what would
+	// have to be dropped: the slowest that is there counts. While there is none,
+	// nothing is dropped. So whoever watches without a break, or comes back with the
+	// cursor of one who did, misses nothing, and a program that nobody watches stands
+	// still once the log is full, until somebody does or it is ended: its timeout and
+	// a cancel hold as ever, and it does not count as idle. What is in its pipes when
+	// it ends is kept in any case; the log may exceed the limit by that, at most 4 MiB.
+	OutputPolicy_ON_LIMIT_BLOCK OutputPolicy_OnLimit = 2
+	// The program's tree is ended (TERM, grace_period, KILL) with
+	// REASON_OUTPUT_LIMIT. All output up to the limit is kept and told, nothing after
+	// it is; evidence has output_limit_bytes and discarded_bytes.
+	OutputPolicy_ON_LIMIT_KILL OutputPolicy_OnLimit = 3
+)
+
+// Enum value maps for OutputPolicy_OnLimit.
+var (
+	OutputPolicy_OnLimit_name = map[int32]string{
+		0: "ON_LIMIT_UNSPECIFIED",
+		1: "ON_LIMIT_DROP_OLDEST",
+		2: "ON_LIMIT_BLOCK",
+		3: "ON_LIMIT_KILL",
+	}
+	OutputPolicy_OnLimit_value = map[string]int32{
+		"ON_LIMIT_UNSPECIFIED": 0,
+		"ON_LIMIT_DROP_OLDEST": 1,
+		"ON_LIMIT_BLOCK":       2,
+		"ON_LIMIT_KILL":        3,
+	}
+)
+
+func (x OutputPolicy_OnLimit) Enum() *OutputPolicy_OnLimit {
+	p := new(OutputPolicy_OnLimit)
+	*p = x
+	return p
+}
+
+func (x OutputPolicy_OnLimit) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (OutputPolicy_OnLimit) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_executor_v1_command_proto_enumTypes[1].Descriptor()
+}
+
+func (OutputPolicy_OnLimit) Type() protoreflect.EnumType {
+	return &file_harvest_executor_v1_command_proto_enumTypes[1]
+}
+
+func (x OutputPolicy_OnLimit) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use OutputPolicy_OnLimit.Descriptor instead.
+func (OutputPolicy_OnLimit) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{3, 0}
+}
+
+// Mode is what happens.
+type DetachPolicy_Mode int32
+
+const (
+	// Not set; MODE_KEEP_RUNNING is meant.
+	DetachPolicy_MODE_UNSPECIFIED DetachPolicy_Mode = 0
+	// It goes on.
+	DetachPolicy_MODE_KEEP_RUNNING DetachPolicy_Mode = 1
+	// When nobody has watched for the grace it is ended (TERM, grace_period, KILL) with
+	// REASON_ABANDONED. One that was started without being watched is given the grace
+	// from its start, and all are given it anew when executord is started again.
+	DetachPolicy_MODE_CANCEL DetachPolicy_Mode = 2
+)
+
+// Enum value maps for DetachPolicy_Mode.
+var (
+	DetachPolicy_Mode_name = map[int32]string{
+		0: "MODE_UNSPECIFIED",
+		1: "MODE_KEEP_RUNNING",
+		2: "MODE_CANCEL",
+	}
+	DetachPolicy_Mode_value = map[string]int32{
+		"MODE_UNSPECIFIED":  0,
+		"MODE_KEEP_RUNNING": 1,
+		"MODE_CANCEL":       2,
+	}
+)
+
+func (x DetachPolicy_Mode) Enum() *DetachPolicy_Mode {
+	p := new(DetachPolicy_Mode)
+	*p = x
+	return p
+}
+
+func (x DetachPolicy_Mode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (DetachPolicy_Mode) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_executor_v1_command_proto_enumTypes[2].Descriptor()
+}
+
+func (DetachPolicy_Mode) Type() protoreflect.EnumType {
+	return &file_harvest_executor_v1_command_proto_enumTypes[2]
+}
+
+func (x DetachPolicy_Mode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use DetachPolicy_Mode.Descriptor instead.
+func (DetachPolicy_Mode) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{4, 0}
+}
+
 // Command is a program to run. Exactly one of code and args says which.
 type Command struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -107,7 +228,14 @@ type Command struct {
 	Timeout *durationpb.Duration `protobuf:"bytes,5,opt,name=timeout,proto3" json:"timeout,omitempty"`
 	// How long the processes have between TERM and KILL, at a time-out and at a
 	// cancel that names no other. Default 5 s; 0 to 600 s.
-	GracePeriod   *durationpb.Duration `protobuf:"bytes,6,opt,name=grace_period,json=gracePeriod,proto3" json:"grace_period,omitempty"`
+	GracePeriod *durationpb.Duration `protobuf:"bytes,6,opt,name=grace_period,json=gracePeriod,proto3" json:"grace_period,omitempty"`
+	// How long it may be idle before it is ended with REASON_IDLE_TIMED_OUT: TERM,
+	// grace_period, KILL. Idle means: it wrote nothing, was given no input, used less than
+	// one percent of one core, and does not wait for its output to be taken. The sandbox
+	// looks itself, also while executord is away, ten times in this time but at most once
+	// a second; so the end can come later by a tenth of it, or a second. 1 s to 604,800 s
+	// (7 days), in whole milliseconds. Absent: it may be idle as long as it likes.
+	IdleTimeout   *durationpb.Duration `protobuf:"bytes,10,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -180,6 +308,13 @@ func (x *Command) GetTimeout() *durationpb.Duration {
 func (x *Command) GetGracePeriod() *durationpb.Duration {
 	if x != nil {
 		return x.GracePeriod
+	}
+	return nil
+}
+
+func (x *Command) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
 	}
 	return nil
 }
@@ -313,9 +448,15 @@ func (x *Limits) GetPids() int64 {
 type OutputPolicy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Bytes of the execution's log that are kept, 1 MiB to 1 TiB; the server's
-	// default if 0. When more comes, the oldest is dropped and watchers who had not
-	// read it yet get a Gap. The program is never slowed down by its watchers.
+	// default if 0. The log has some bytes beside the output: about 40 for each event.
 	RetainedBytes int64 `protobuf:"varint,1,opt,name=retained_bytes,json=retainedBytes,proto3" json:"retained_bytes,omitempty"`
+	// What happens when more comes. Default ON_LIMIT_DROP_OLDEST.
+	OnLimit OutputPolicy_OnLimit `protobuf:"varint,2,opt,name=on_limit,json=onLimit,proto3,enum=harvest.executor.v1.OutputPolicy_OnLimit" json:"on_limit,omitempty"`
+	// How long the ended execution and its log are kept before the server removes them by
+	// itself, as DeleteExecution does; 1 s to 315,360,000 s (10 years). Absent, or longer
+	// than the server's own: as long as that says. The server removes the oldest earlier
+	// when all logs together take more room than it is allowed to.
+	Retention     *durationpb.Duration `protobuf:"bytes,3,opt,name=retention,proto3" json:"retention,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -357,11 +498,83 @@ func (x *OutputPolicy) GetRetainedBytes() int64 {
 	return 0
 }
 
+func (x *OutputPolicy) GetOnLimit() OutputPolicy_OnLimit {
+	if x != nil {
+		return x.OnLimit
+	}
+	return OutputPolicy_ON_LIMIT_UNSPECIFIED
+}
+
+func (x *OutputPolicy) GetRetention() *durationpb.Duration {
+	if x != nil {
+		return x.Retention
+	}
+	return nil
+}
+
+// DetachPolicy says what becomes of an execution that nobody watches. Watching means a
+// stream of Execute or WatchExecution that is open, at whatever place; reading
+// output and waiting do not count.
+type DetachPolicy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What happens. Default MODE_KEEP_RUNNING.
+	Mode DetachPolicy_Mode `protobuf:"varint,1,opt,name=mode,proto3,enum=harvest.executor.v1.DetachPolicy_Mode" json:"mode,omitempty"`
+	// How long nobody may watch, with MODE_CANCEL; in it a watcher that was cut off can
+	// come back. Default 10 s; 0 to 3600 s.
+	Grace         *durationpb.Duration `protobuf:"bytes,2,opt,name=grace,proto3" json:"grace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachPolicy) Reset() {
+	*x = DetachPolicy{}
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachPolicy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachPolicy) ProtoMessage() {}
+
+func (x *DetachPolicy) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachPolicy.ProtoReflect.Descriptor instead.
+func (*DetachPolicy) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *DetachPolicy) GetMode() DetachPolicy_Mode {
+	if x != nil {
+		return x.Mode
+	}
+	return DetachPolicy_MODE_UNSPECIFIED
+}
+
+func (x *DetachPolicy) GetGrace() *durationpb.Duration {
+	if x != nil {
+		return x.Grace
+	}
+	return nil
+}
+
 var File_harvest_executor_v1_command_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"!harvest/executor/v1/command.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf4\x06\n" +
+	"!harvest/executor/v1/command.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\xc4\a\n" +
 	"\aCommand\x12-\n" +
 	"\x04code\x18\x01 \x01(\v2\x19.harvest.executor.v1.CodeR\x04code\x12c\n" +
 	"\x04args\x18\x02 \x03(\tBO\xbaHL\x92\x01I\x10\x80 \"D\xba\x01A\n" +
@@ -373,7 +586,10 @@ const file_harvest_executor_v1_command_proto_rawDesc = "" +
 	"\x1aworking_directory.absolute\x12?must be an absolute path without a NUL byte, such as /workspace\x1aWthis == '' || (this.startsWith('/') && !this.contains('\\u0000') && this.size() <= 4096)R\x10workingDirectory\x12C\n" +
 	"\atimeout\x18\x05 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x04\b\x80\xf5$*\x00R\atimeout\x12K\n" +
 	"\fgrace_period\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
-	"\xaa\x01\a\"\x03\b\xd8\x042\x00R\vgracePeriod\x1a6\n" +
+	"\xaa\x01\a\"\x03\b\xd8\x042\x00R\vgracePeriod\x12N\n" +
+	"\fidle_timeout\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
+	"\"\x04\b\x80\xf5$2\x02\b\x01R\vidleTimeout\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
@@ -386,9 +602,24 @@ const file_harvest_executor_v1_command_proto_rawDesc = "" +
 	"\n" +
 	"cpu_millis\x18\x02 \x01(\x03B\x0e\xbaH\v\xd8\x01\x01\"\x06\x18\x80\xc0>(\n" +
 	"R\tcpuMillis\x12\"\n" +
-	"\x04pids\x18\x03 \x01(\x03B\x0e\xbaH\v\xd8\x01\x01\"\x06\x18\xc0\x84=(\bR\x04pids\"J\n" +
+	"\x04pids\x18\x03 \x01(\x03B\x0e\xbaH\v\xd8\x01\x01\"\x06\x18\xc0\x84=(\bR\x04pids\"\xcd\x02\n" +
 	"\fOutputPolicy\x12:\n" +
-	"\x0eretained_bytes\x18\x01 \x01(\x03B\x13\xbaH\x10\xd8\x01\x01\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@R\rretainedBytes*_\n" +
+	"\x0eretained_bytes\x18\x01 \x01(\x03B\x13\xbaH\x10\xd8\x01\x01\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@R\rretainedBytes\x12N\n" +
+	"\bon_limit\x18\x02 \x01(\x0e2).harvest.executor.v1.OutputPolicy.OnLimitB\b\xbaH\x05\x82\x01\x02\x10\x01R\aonLimit\x12K\n" +
+	"\tretention\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x06\b\x80\x86\xb0\x96\x012\x02\b\x01R\tretention\"d\n" +
+	"\aOnLimit\x12\x18\n" +
+	"\x14ON_LIMIT_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14ON_LIMIT_DROP_OLDEST\x10\x01\x12\x12\n" +
+	"\x0eON_LIMIT_BLOCK\x10\x02\x12\x11\n" +
+	"\rON_LIMIT_KILL\x10\x03\"\xda\x01\n" +
+	"\fDetachPolicy\x12D\n" +
+	"\x04mode\x18\x01 \x01(\x0e2&.harvest.executor.v1.DetachPolicy.ModeB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04mode\x12>\n" +
+	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
+	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\x05grace\"D\n" +
+	"\x04Mode\x12\x14\n" +
+	"\x10MODE_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11MODE_KEEP_RUNNING\x10\x01\x12\x0f\n" +
+	"\vMODE_CANCEL\x10\x02*_\n" +
 	"\bLanguage\x12\x18\n" +
 	"\x14LANGUAGE_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fLANGUAGE_PYTHON\x10\x01\x12\x11\n" +
@@ -408,28 +639,36 @@ func file_harvest_executor_v1_command_proto_rawDescGZIP() []byte {
 	return file_harvest_executor_v1_command_proto_rawDescData
 }
 
-var file_harvest_executor_v1_command_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_harvest_executor_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_harvest_executor_v1_command_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_harvest_executor_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_harvest_executor_v1_command_proto_goTypes = []any{
 	(Language)(0),               // 0: harvest.executor.v1.Language
-	(*Command)(nil),             // 1: harvest.executor.v1.Command
-	(*Code)(nil),                // 2: harvest.executor.v1.Code
-	(*Limits)(nil),              // 3: harvest.executor.v1.Limits
-	(*OutputPolicy)(nil),        // 4: harvest.executor.v1.OutputPolicy
-	nil,                         // 5: harvest.executor.v1.Command.EnvEntry
-	(*durationpb.Duration)(nil), // 6: google.protobuf.Duration
+	(OutputPolicy_OnLimit)(0),   // 1: harvest.executor.v1.OutputPolicy.OnLimit
+	(DetachPolicy_Mode)(0),      // 2: harvest.executor.v1.DetachPolicy.Mode
+	(*Command)(nil),             // 3: harvest.executor.v1.Command
+	(*Code)(nil),                // 4: harvest.executor.v1.Code
+	(*Limits)(nil),              // 5: harvest.executor.v1.Limits
+	(*OutputPolicy)(nil),        // 6: harvest.executor.v1.OutputPolicy
+	(*DetachPolicy)(nil),        // 7: harvest.executor.v1.DetachPolicy
+	nil,                         // 8: harvest.executor.v1.Command.EnvEntry
+	(*durationpb.Duration)(nil), // 9: google.protobuf.Duration
 }
 var file_harvest_executor_v1_command_proto_depIdxs = []int32{
-	2, // 0: harvest.executor.v1.Command.code:type_name -> harvest.executor.v1.Code
-	5, // 1: harvest.executor.v1.Command.env:type_name -> harvest.executor.v1.Command.EnvEntry
-	6, // 2: harvest.executor.v1.Command.timeout:type_name -> google.protobuf.Duration
-	6, // 3: harvest.executor.v1.Command.grace_period:type_name -> google.protobuf.Duration
-	0, // 4: harvest.executor.v1.Code.language:type_name -> harvest.executor.v1.Language
-	5, // [5:5] is the sub-list for method output_type
-	5, // [5:5] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	4,  // 0: harvest.executor.v1.Command.code:type_name -> harvest.executor.v1.Code
+	8,  // 1: harvest.executor.v1.Command.env:type_name -> harvest.executor.v1.Command.EnvEntry
+	9,  // 2: harvest.executor.v1.Command.timeout:type_name -> google.protobuf.Duration
+	9,  // 3: harvest.executor.v1.Command.grace_period:type_name -> google.protobuf.Duration
+	9,  // 4: harvest.executor.v1.Command.idle_timeout:type_name -> google.protobuf.Duration
+	0,  // 5: harvest.executor.v1.Code.language:type_name -> harvest.executor.v1.Language
+	1,  // 6: harvest.executor.v1.OutputPolicy.on_limit:type_name -> harvest.executor.v1.OutputPolicy.OnLimit
+	9,  // 7: harvest.executor.v1.OutputPolicy.retention:type_name -> google.protobuf.Duration
+	2,  // 8: harvest.executor.v1.DetachPolicy.mode:type_name -> harvest.executor.v1.DetachPolicy.Mode
+	9,  // 9: harvest.executor.v1.DetachPolicy.grace:type_name -> google.protobuf.Duration
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_command_proto_init() }
@@ -442,8 +681,8 @@ func file_harvest_executor_v1_command_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_executor_v1_command_proto_rawDesc), len(file_harvest_executor_v1_command_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   5,
+			NumEnums:      3,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -107,6 +107,12 @@ const (
 	Reason_REASON_DISK_FULL Reason = 9
 	// executord was told to stop and to end what runs.
 	Reason_REASON_SERVER_STOPPED Reason = 10
+	// It was idle for its idle_timeout; evidence has idle_timeout_ms.
+	Reason_REASON_IDLE_TIMED_OUT Reason = 11
+	// It wrote more than its output policy allows, with ON_LIMIT_KILL.
+	Reason_REASON_OUTPUT_LIMIT Reason = 12
+	// Nobody watched it for the grace of its detach policy; evidence has detach_grace_ms.
+	Reason_REASON_ABANDONED Reason = 13
 )
 
 // Enum value maps for Reason.
@@ -123,6 +129,9 @@ var (
 		8:  "REASON_START_FAILED",
 		9:  "REASON_DISK_FULL",
 		10: "REASON_SERVER_STOPPED",
+		11: "REASON_IDLE_TIMED_OUT",
+		12: "REASON_OUTPUT_LIMIT",
+		13: "REASON_ABANDONED",
 	}
 	Reason_value = map[string]int32{
 		"REASON_UNSPECIFIED":    0,
@@ -136,6 +145,9 @@ var (
 		"REASON_START_FAILED":   8,
 		"REASON_DISK_FULL":      9,
 		"REASON_SERVER_STOPPED": 10,
+		"REASON_IDLE_TIMED_OUT": 11,
+		"REASON_OUTPUT_LIMIT":   12,
+		"REASON_ABANDONED":      13,
 	}
 )
 
@@ -176,11 +188,11 @@ const (
 	Outcome_OUTCOME_SUCCESS Outcome = 1
 	// It exited with another code, or could not be started.
 	Outcome_OUTCOME_ERROR Outcome = 2
-	// It timed out.
+	// It timed out, as a whole or by being idle.
 	Outcome_OUTCOME_TIMEOUT Outcome = 3
-	// A signal, the memory limit or the loss of the sandbox ended it.
+	// A signal, the memory limit, the output limit or the loss of the sandbox ended it.
 	Outcome_OUTCOME_CRASHED Outcome = 4
-	// It was cancelled, or its session or the server was ended.
+	// It was cancelled or abandoned, or its session or the server was ended.
 	Outcome_OUTCOME_CANCELLED Outcome = 5
 )
 
@@ -231,6 +243,63 @@ func (Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{2}
 }
 
+// Deadline is what ends the execution.
+type DeadlineWarning_Deadline int32
+
+const (
+	// Not set.
+	DeadlineWarning_DEADLINE_UNSPECIFIED DeadlineWarning_Deadline = 0
+	// The command's timeout.
+	DeadlineWarning_DEADLINE_TIMEOUT DeadlineWarning_Deadline = 1
+	// The lifetime of the session it runs in.
+	DeadlineWarning_DEADLINE_SESSION_EXPIRY DeadlineWarning_Deadline = 2
+	// The command's idle_timeout; output, input and work put it off.
+	DeadlineWarning_DEADLINE_IDLE DeadlineWarning_Deadline = 3
+)
+
+// Enum value maps for DeadlineWarning_Deadline.
+var (
+	DeadlineWarning_Deadline_name = map[int32]string{
+		0: "DEADLINE_UNSPECIFIED",
+		1: "DEADLINE_TIMEOUT",
+		2: "DEADLINE_SESSION_EXPIRY",
+		3: "DEADLINE_IDLE",
+	}
+	DeadlineWarning_Deadline_value = map[string]int32{
+		"DEADLINE_UNSPECIFIED":    0,
+		"DEADLINE_TIMEOUT":        1,
+		"DEADLINE_SESSION_EXPIRY": 2,
+		"DEADLINE_IDLE":           3,
+	}
+)
+
+func (x DeadlineWarning_Deadline) Enum() *DeadlineWarning_Deadline {
+	p := new(DeadlineWarning_Deadline)
+	*p = x
+	return p
+}
+
+func (x DeadlineWarning_Deadline) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (DeadlineWarning_Deadline) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_executor_v1_event_proto_enumTypes[3].Descriptor()
+}
+
+func (DeadlineWarning_Deadline) Type() protoreflect.EnumType {
+	return &file_harvest_executor_v1_event_proto_enumTypes[3]
+}
+
+func (x DeadlineWarning_Deadline) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use DeadlineWarning_Deadline.Descriptor instead.
+func (DeadlineWarning_Deadline) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{2, 0}
+}
+
 // Why something is missing.
 type Gap_Reason int32
 
@@ -273,11 +342,11 @@ func (x Gap_Reason) String() string {
 }
 
 func (Gap_Reason) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_executor_v1_event_proto_enumTypes[3].Descriptor()
+	return file_harvest_executor_v1_event_proto_enumTypes[4].Descriptor()
 }
 
 func (Gap_Reason) Type() protoreflect.EnumType {
-	return &file_harvest_executor_v1_event_proto_enumTypes[3]
+	return &file_harvest_executor_v1_event_proto_enumTypes[4]
 }
 
 func (x Gap_Reason) Number() protoreflect.EnumNumber {
@@ -286,7 +355,7 @@ func (x Gap_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Gap_Reason.Descriptor instead.
 func (Gap_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{4, 0}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{5, 0}
 }
 
 // Cursor is a place in a log: just behind the event that carries it. Kept by a
@@ -364,6 +433,7 @@ type Event struct {
 	//	*Event_Gap
 	//	*Event_Heartbeat
 	//	*Event_Result
+	//	*Event_DeadlineWarning
 	Kind          isEvent_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -465,6 +535,15 @@ func (x *Event) GetResult() *Result {
 	return nil
 }
 
+func (x *Event) GetDeadlineWarning() *DeadlineWarning {
+	if x != nil {
+		if x, ok := x.Kind.(*Event_DeadlineWarning); ok {
+			return x.DeadlineWarning
+		}
+	}
+	return nil
+}
+
 type isEvent_Kind interface {
 	isEvent_Kind()
 }
@@ -494,6 +573,11 @@ type Event_Result struct {
 	Result *Result `protobuf:"bytes,7,opt,name=result,proto3,oneof"`
 }
 
+type Event_DeadlineWarning struct {
+	// The end is near, unless something is done.
+	DeadlineWarning *DeadlineWarning `protobuf:"bytes,8,opt,name=deadline_warning,json=deadlineWarning,proto3,oneof"`
+}
+
 func (*Event_Started) isEvent_Kind() {}
 
 func (*Event_Output) isEvent_Kind() {}
@@ -503,6 +587,65 @@ func (*Event_Gap) isEvent_Kind() {}
 func (*Event_Heartbeat) isEvent_Kind() {}
 
 func (*Event_Result) isEvent_Kind() {}
+
+func (*Event_DeadlineWarning) isEvent_Kind() {}
+
+// DeadlineWarning says that a deadline comes near: a tenth of the time is left, but at
+// most 60 s. Of times below 10 s no warning is given. Each deadline is told once; that
+// of idleness again when the program was active and is idle once more.
+type DeadlineWarning struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Which deadline.
+	Deadline DeadlineWarning_Deadline `protobuf:"varint,1,opt,name=deadline,proto3,enum=harvest.executor.v1.DeadlineWarning_Deadline" json:"deadline,omitempty"`
+	// When it comes.
+	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeadlineWarning) Reset() {
+	*x = DeadlineWarning{}
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeadlineWarning) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeadlineWarning) ProtoMessage() {}
+
+func (x *DeadlineWarning) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeadlineWarning.ProtoReflect.Descriptor instead.
+func (*DeadlineWarning) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *DeadlineWarning) GetDeadline() DeadlineWarning_Deadline {
+	if x != nil {
+		return x.Deadline
+	}
+	return DeadlineWarning_DEADLINE_UNSPECIFIED
+}
+
+func (x *DeadlineWarning) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
 
 // Started opens every log. A client that has it can always come back.
 type Started struct {
@@ -515,7 +658,7 @@ type Started struct {
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[2]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -527,7 +670,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[2]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -540,7 +683,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{2}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Started) GetExecution() string {
@@ -566,7 +709,7 @@ type OutputChunk struct {
 
 func (x *OutputChunk) Reset() {
 	*x = OutputChunk{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[3]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -578,7 +721,7 @@ func (x *OutputChunk) String() string {
 func (*OutputChunk) ProtoMessage() {}
 
 func (x *OutputChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[3]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -591,7 +734,7 @@ func (x *OutputChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputChunk.ProtoReflect.Descriptor instead.
 func (*OutputChunk) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{3}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *OutputChunk) GetStream() Stream {
@@ -631,7 +774,7 @@ type Gap struct {
 
 func (x *Gap) Reset() {
 	*x = Gap{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[4]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +786,7 @@ func (x *Gap) String() string {
 func (*Gap) ProtoMessage() {}
 
 func (x *Gap) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[4]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +799,7 @@ func (x *Gap) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gap.ProtoReflect.Descriptor instead.
 func (*Gap) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{4}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Gap) GetReason() Gap_Reason {
@@ -693,7 +836,7 @@ type StreamPosition struct {
 
 func (x *StreamPosition) Reset() {
 	*x = StreamPosition{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[5]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +848,7 @@ func (x *StreamPosition) String() string {
 func (*StreamPosition) ProtoMessage() {}
 
 func (x *StreamPosition) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[5]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +861,7 @@ func (x *StreamPosition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamPosition.ProtoReflect.Descriptor instead.
 func (*StreamPosition) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{5}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *StreamPosition) GetStream() Stream {
@@ -747,7 +890,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[6]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -759,7 +902,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[6]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -772,7 +915,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{6}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Heartbeat) GetLastEventTime() *timestamppb.Timestamp {
@@ -821,7 +964,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[7]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -833,7 +976,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[7]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -846,7 +989,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{7}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Result) GetReason() Reason {
@@ -945,7 +1088,7 @@ type StreamTotal struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Which stream.
 	Stream Stream `protobuf:"varint,1,opt,name=stream,proto3,enum=harvest.executor.v1.Stream" json:"stream,omitempty"`
-	// All bytes that the program wrote to it.
+	// All bytes that the program wrote to it; with REASON_OUTPUT_LIMIT all up to the limit.
 	Size int64 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
 	// CRC-32C (Castagnoli) over all of them.
 	Crc32C uint32 `protobuf:"fixed32,3,opt,name=crc32c,proto3" json:"crc32c,omitempty"`
@@ -957,7 +1100,7 @@ type StreamTotal struct {
 
 func (x *StreamTotal) Reset() {
 	*x = StreamTotal{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[8]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1112,7 @@ func (x *StreamTotal) String() string {
 func (*StreamTotal) ProtoMessage() {}
 
 func (x *StreamTotal) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[8]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1125,7 @@ func (x *StreamTotal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamTotal.ProtoReflect.Descriptor instead.
 func (*StreamTotal) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{8}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StreamTotal) GetStream() Stream {
@@ -1033,7 +1176,7 @@ type StageTimes struct {
 
 func (x *StageTimes) Reset() {
 	*x = StageTimes{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[9]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1045,7 +1188,7 @@ func (x *StageTimes) String() string {
 func (*StageTimes) ProtoMessage() {}
 
 func (x *StageTimes) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[9]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1058,7 +1201,7 @@ func (x *StageTimes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StageTimes.ProtoReflect.Descriptor instead.
 func (*StageTimes) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{9}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StageTimes) GetQueued() *timestamppb.Timestamp {
@@ -1112,7 +1255,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[10]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1124,7 +1267,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_event_proto_msgTypes[10]
+	mi := &file_harvest_executor_v1_event_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1137,7 +1280,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{10}
+	return file_harvest_executor_v1_event_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Usage) GetCpuUser() *durationpb.Duration {
@@ -1168,7 +1311,7 @@ const file_harvest_executor_v1_event_proto_rawDesc = "" +
 	"\x1fharvest/executor/v1/event.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\":\n" +
 	"\x06Cursor\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1a\n" +
-	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x9a\x03\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\xed\x03\n" +
 	"\x05Event\x123\n" +
 	"\x06cursor\x18\x01 \x01(\v2\x1b.harvest.executor.v1.CursorR\x06cursor\x129\n" +
 	"\n" +
@@ -1177,8 +1320,18 @@ const file_harvest_executor_v1_event_proto_rawDesc = "" +
 	"\x06output\x18\x04 \x01(\v2 .harvest.executor.v1.OutputChunkH\x00R\x06output\x12,\n" +
 	"\x03gap\x18\x05 \x01(\v2\x18.harvest.executor.v1.GapH\x00R\x03gap\x12>\n" +
 	"\theartbeat\x18\x06 \x01(\v2\x1e.harvest.executor.v1.HeartbeatH\x00R\theartbeat\x125\n" +
-	"\x06result\x18\a \x01(\v2\x1b.harvest.executor.v1.ResultH\x00R\x06resultB\x06\n" +
-	"\x04kind\"'\n" +
+	"\x06result\x18\a \x01(\v2\x1b.harvest.executor.v1.ResultH\x00R\x06result\x12Q\n" +
+	"\x10deadline_warning\x18\b \x01(\v2$.harvest.executor.v1.DeadlineWarningH\x00R\x0fdeadlineWarningB\x06\n" +
+	"\x04kind\"\x85\x02\n" +
+	"\x0fDeadlineWarning\x12I\n" +
+	"\bdeadline\x18\x01 \x01(\x0e2-.harvest.executor.v1.DeadlineWarning.DeadlineR\bdeadline\x12;\n" +
+	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\"j\n" +
+	"\bDeadline\x12\x18\n" +
+	"\x14DEADLINE_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10DEADLINE_TIMEOUT\x10\x01\x12\x1b\n" +
+	"\x17DEADLINE_SESSION_EXPIRY\x10\x02\x12\x11\n" +
+	"\rDEADLINE_IDLE\x10\x03\"'\n" +
 	"\aStarted\x12\x1c\n" +
 	"\texecution\x18\x01 \x01(\tR\texecution\"n\n" +
 	"\vOutputChunk\x123\n" +
@@ -1240,7 +1393,7 @@ const file_harvest_executor_v1_event_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-	"\rSTREAM_STDERR\x10\x02*\x88\x02\n" +
+	"\rSTREAM_STDERR\x10\x02*\xd2\x02\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rREASON_EXITED\x10\x01\x12\x13\n" +
@@ -1253,7 +1406,10 @@ const file_harvest_executor_v1_event_proto_rawDesc = "" +
 	"\x13REASON_START_FAILED\x10\b\x12\x14\n" +
 	"\x10REASON_DISK_FULL\x10\t\x12\x19\n" +
 	"\x15REASON_SERVER_STOPPED\x10\n" +
-	"*\x8b\x01\n" +
+	"\x12\x19\n" +
+	"\x15REASON_IDLE_TIMED_OUT\x10\v\x12\x17\n" +
+	"\x13REASON_OUTPUT_LIMIT\x10\f\x12\x14\n" +
+	"\x10REASON_ABANDONED\x10\r*\x8b\x01\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fOUTCOME_SUCCESS\x10\x01\x12\x11\n" +
@@ -1276,60 +1432,65 @@ func file_harvest_executor_v1_event_proto_rawDescGZIP() []byte {
 	return file_harvest_executor_v1_event_proto_rawDescData
 }
 
-var file_harvest_executor_v1_event_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_harvest_executor_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_harvest_executor_v1_event_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_harvest_executor_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_harvest_executor_v1_event_proto_goTypes = []any{
 	(Stream)(0),                   // 0: harvest.executor.v1.Stream
 	(Reason)(0),                   // 1: harvest.executor.v1.Reason
 	(Outcome)(0),                  // 2: harvest.executor.v1.Outcome
-	(Gap_Reason)(0),               // 3: harvest.executor.v1.Gap.Reason
-	(*Cursor)(nil),                // 4: harvest.executor.v1.Cursor
-	(*Event)(nil),                 // 5: harvest.executor.v1.Event
-	(*Started)(nil),               // 6: harvest.executor.v1.Started
-	(*OutputChunk)(nil),           // 7: harvest.executor.v1.OutputChunk
-	(*Gap)(nil),                   // 8: harvest.executor.v1.Gap
-	(*StreamPosition)(nil),        // 9: harvest.executor.v1.StreamPosition
-	(*Heartbeat)(nil),             // 10: harvest.executor.v1.Heartbeat
-	(*Result)(nil),                // 11: harvest.executor.v1.Result
-	(*StreamTotal)(nil),           // 12: harvest.executor.v1.StreamTotal
-	(*StageTimes)(nil),            // 13: harvest.executor.v1.StageTimes
-	(*Usage)(nil),                 // 14: harvest.executor.v1.Usage
-	nil,                           // 15: harvest.executor.v1.Result.EvidenceEntry
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
+	(DeadlineWarning_Deadline)(0), // 3: harvest.executor.v1.DeadlineWarning.Deadline
+	(Gap_Reason)(0),               // 4: harvest.executor.v1.Gap.Reason
+	(*Cursor)(nil),                // 5: harvest.executor.v1.Cursor
+	(*Event)(nil),                 // 6: harvest.executor.v1.Event
+	(*DeadlineWarning)(nil),       // 7: harvest.executor.v1.DeadlineWarning
+	(*Started)(nil),               // 8: harvest.executor.v1.Started
+	(*OutputChunk)(nil),           // 9: harvest.executor.v1.OutputChunk
+	(*Gap)(nil),                   // 10: harvest.executor.v1.Gap
+	(*StreamPosition)(nil),        // 11: harvest.executor.v1.StreamPosition
+	(*Heartbeat)(nil),             // 12: harvest.executor.v1.Heartbeat
+	(*Result)(nil),                // 13: harvest.executor.v1.Result
+	(*StreamTotal)(nil),           // 14: harvest.executor.v1.StreamTotal
+	(*StageTimes)(nil),            // 15: harvest.executor.v1.StageTimes
+	(*Usage)(nil),                 // 16: harvest.executor.v1.Usage
+	nil,                           // 17: harvest.executor.v1.Result.EvidenceEntry
+	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
 }
 var file_harvest_executor_v1_event_proto_depIdxs = []int32{
-	4,  // 0: harvest.executor.v1.Event.cursor:type_name -> harvest.executor.v1.Cursor
-	16, // 1: harvest.executor.v1.Event.event_time:type_name -> google.protobuf.Timestamp
-	6,  // 2: harvest.executor.v1.Event.started:type_name -> harvest.executor.v1.Started
-	7,  // 3: harvest.executor.v1.Event.output:type_name -> harvest.executor.v1.OutputChunk
-	8,  // 4: harvest.executor.v1.Event.gap:type_name -> harvest.executor.v1.Gap
-	10, // 5: harvest.executor.v1.Event.heartbeat:type_name -> harvest.executor.v1.Heartbeat
-	11, // 6: harvest.executor.v1.Event.result:type_name -> harvest.executor.v1.Result
-	0,  // 7: harvest.executor.v1.OutputChunk.stream:type_name -> harvest.executor.v1.Stream
-	3,  // 8: harvest.executor.v1.Gap.reason:type_name -> harvest.executor.v1.Gap.Reason
-	9,  // 9: harvest.executor.v1.Gap.resume:type_name -> harvest.executor.v1.StreamPosition
-	0,  // 10: harvest.executor.v1.StreamPosition.stream:type_name -> harvest.executor.v1.Stream
-	16, // 11: harvest.executor.v1.Heartbeat.last_event_time:type_name -> google.protobuf.Timestamp
-	1,  // 12: harvest.executor.v1.Result.reason:type_name -> harvest.executor.v1.Reason
-	2,  // 13: harvest.executor.v1.Result.outcome:type_name -> harvest.executor.v1.Outcome
-	12, // 14: harvest.executor.v1.Result.totals:type_name -> harvest.executor.v1.StreamTotal
-	13, // 15: harvest.executor.v1.Result.times:type_name -> harvest.executor.v1.StageTimes
-	14, // 16: harvest.executor.v1.Result.usage:type_name -> harvest.executor.v1.Usage
-	15, // 17: harvest.executor.v1.Result.evidence:type_name -> harvest.executor.v1.Result.EvidenceEntry
-	0,  // 18: harvest.executor.v1.StreamTotal.stream:type_name -> harvest.executor.v1.Stream
-	16, // 19: harvest.executor.v1.StageTimes.queued:type_name -> google.protobuf.Timestamp
-	16, // 20: harvest.executor.v1.StageTimes.sandbox_ready:type_name -> google.protobuf.Timestamp
-	16, // 21: harvest.executor.v1.StageTimes.started:type_name -> google.protobuf.Timestamp
-	16, // 22: harvest.executor.v1.StageTimes.first_output:type_name -> google.protobuf.Timestamp
-	16, // 23: harvest.executor.v1.StageTimes.ended:type_name -> google.protobuf.Timestamp
-	17, // 24: harvest.executor.v1.Usage.cpu_user:type_name -> google.protobuf.Duration
-	17, // 25: harvest.executor.v1.Usage.cpu_system:type_name -> google.protobuf.Duration
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	5,  // 0: harvest.executor.v1.Event.cursor:type_name -> harvest.executor.v1.Cursor
+	18, // 1: harvest.executor.v1.Event.event_time:type_name -> google.protobuf.Timestamp
+	8,  // 2: harvest.executor.v1.Event.started:type_name -> harvest.executor.v1.Started
+	9,  // 3: harvest.executor.v1.Event.output:type_name -> harvest.executor.v1.OutputChunk
+	10, // 4: harvest.executor.v1.Event.gap:type_name -> harvest.executor.v1.Gap
+	12, // 5: harvest.executor.v1.Event.heartbeat:type_name -> harvest.executor.v1.Heartbeat
+	13, // 6: harvest.executor.v1.Event.result:type_name -> harvest.executor.v1.Result
+	7,  // 7: harvest.executor.v1.Event.deadline_warning:type_name -> harvest.executor.v1.DeadlineWarning
+	3,  // 8: harvest.executor.v1.DeadlineWarning.deadline:type_name -> harvest.executor.v1.DeadlineWarning.Deadline
+	18, // 9: harvest.executor.v1.DeadlineWarning.expire_time:type_name -> google.protobuf.Timestamp
+	0,  // 10: harvest.executor.v1.OutputChunk.stream:type_name -> harvest.executor.v1.Stream
+	4,  // 11: harvest.executor.v1.Gap.reason:type_name -> harvest.executor.v1.Gap.Reason
+	11, // 12: harvest.executor.v1.Gap.resume:type_name -> harvest.executor.v1.StreamPosition
+	0,  // 13: harvest.executor.v1.StreamPosition.stream:type_name -> harvest.executor.v1.Stream
+	18, // 14: harvest.executor.v1.Heartbeat.last_event_time:type_name -> google.protobuf.Timestamp
+	1,  // 15: harvest.executor.v1.Result.reason:type_name -> harvest.executor.v1.Reason
+	2,  // 16: harvest.executor.v1.Result.outcome:type_name -> harvest.executor.v1.Outcome
+	14, // 17: harvest.executor.v1.Result.totals:type_name -> harvest.executor.v1.StreamTotal
+	15, // 18: harvest.executor.v1.Result.times:type_name -> harvest.executor.v1.StageTimes
+	16, // 19: harvest.executor.v1.Result.usage:type_name -> harvest.executor.v1.Usage
+	17, // 20: harvest.executor.v1.Result.evidence:type_name -> harvest.executor.v1.Result.EvidenceEntry
+	0,  // 21: harvest.executor.v1.StreamTotal.stream:type_name -> harvest.executor.v1.Stream
+	18, // 22: harvest.executor.v1.StageTimes.queued:type_name -> google.protobuf.Timestamp
+	18, // 23: harvest.executor.v1.StageTimes.sandbox_ready:type_name -> google.protobuf.Timestamp
+	18, // 24: harvest.executor.v1.StageTimes.started:type_name -> google.protobuf.Timestamp
+	18, // 25: harvest.executor.v1.StageTimes.first_output:type_name -> google.protobuf.Timestamp
+	18, // 26: harvest.executor.v1.StageTimes.ended:type_name -> google.protobuf.Timestamp
+	19, // 27: harvest.executor.v1.Usage.cpu_user:type_name -> google.protobuf.Duration
+	19, // 28: harvest.executor.v1.Usage.cpu_system:type_name -> google.protobuf.Duration
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_event_proto_init() }
@@ -1343,15 +1504,16 @@ func file_harvest_executor_v1_event_proto_init() {
 		(*Event_Gap)(nil),
 		(*Event_Heartbeat)(nil),
 		(*Event_Result)(nil),
+		(*Event_DeadlineWarning)(nil),
 	}
-	file_harvest_executor_v1_event_proto_msgTypes[7].OneofWrappers = []any{}
+	file_harvest_executor_v1_event_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_executor_v1_event_proto_rawDesc), len(file_harvest_executor_v1_event_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   12,
+			NumEnums:      5,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -85,7 +85,8 @@ func (Execution_State) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_executor_v1_execution_proto_rawDescGZIP(), []int{0, 0}
 }
 
-// Execution is one command's life: accepted, run, ended, kept until it is deleted.
+// Execution is one command's life: accepted, run, ended, kept until it is deleted: by
+// DeleteExecution, or by the server when its retention is over.
 type Execution struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Resource name: executions/{execution} for a one-shot, or
@@ -115,7 +116,9 @@ type Execution struct {
 	// When it ended.
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
 	// Labels given at the start.
-	Labels        map[string]string `protobuf:"bytes,13,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,13,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The detach policy in force.
+	DetachPolicy  *DetachPolicy `protobuf:"bytes,15,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -241,11 +244,18 @@ func (x *Execution) GetLabels() map[string]string {
 	return nil
 }
 
+func (x *Execution) GetDetachPolicy() *DetachPolicy {
+	if x != nil {
+		return x.DetachPolicy
+	}
+	return nil
+}
+
 var File_harvest_executor_v1_execution_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_execution_proto_rawDesc = "" +
 	"\n" +
-	"#harvest/executor/v1/execution.proto\x12\x13harvest.executor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\"\xc6\x06\n" +
+	"#harvest/executor/v1/execution.proto\x12\x13harvest.executor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\"\x8e\a\n" +
 	"\tExecution\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x126\n" +
 	"\acommand\x18\x02 \x01(\v2\x1c.harvest.executor.v1.CommandR\acommand\x12:\n" +
@@ -262,7 +272,8 @@ const file_harvest_executor_v1_execution_proto_rawDesc = "" +
 	"\n" +
 	"start_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
 	"\bend_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12B\n" +
-	"\x06labels\x18\r \x03(\v2*.harvest.executor.v1.Execution.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\r \x03(\v2*.harvest.executor.v1.Execution.LabelsEntryR\x06labels\x12F\n" +
+	"\rdetach_policy\x18\x0f \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"j\n" +
@@ -298,6 +309,7 @@ var file_harvest_executor_v1_execution_proto_goTypes = []any{
 	(*OutputPolicy)(nil),          // 6: harvest.executor.v1.OutputPolicy
 	(*Cursor)(nil),                // 7: harvest.executor.v1.Cursor
 	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*DetachPolicy)(nil),          // 9: harvest.executor.v1.DetachPolicy
 }
 var file_harvest_executor_v1_execution_proto_depIdxs = []int32{
 	3,  // 0: harvest.executor.v1.Execution.command:type_name -> harvest.executor.v1.Command
@@ -310,11 +322,12 @@ var file_harvest_executor_v1_execution_proto_depIdxs = []int32{
 	8,  // 7: harvest.executor.v1.Execution.start_time:type_name -> google.protobuf.Timestamp
 	8,  // 8: harvest.executor.v1.Execution.end_time:type_name -> google.protobuf.Timestamp
 	2,  // 9: harvest.executor.v1.Execution.labels:type_name -> harvest.executor.v1.Execution.LabelsEntry
-	10, // [10:10] is the sub-list for method output_type
-	10, // [10:10] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	9,  // 10: harvest.executor.v1.Execution.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_execution_proto_init() }

@@ -54,9 +54,12 @@ const (
 // also google.rpc.BadRequest.
 type ExecutorServiceClient interface {
 	// Starts a command and follows it to its end. The command goes on when the caller
-	// leaves. INVALID_ARGUMENT, NOT_FOUND (parent), FAILED_PRECONDITION (a limit that
-	// cannot be enforced, a session that is not running), ALREADY_EXISTS (a request_id
-	// that was used for another request), UNAVAILABLE (draining).
+	// leaves, unless its detach policy says otherwise. INVALID_ARGUMENT, NOT_FOUND
+	// (parent), FAILED_PRECONDITION (a limit that cannot be enforced, a session that is not
+	// running), ALREADY_EXISTS (a request_id that was used for another request),
+	// RESOURCE_EXHAUSTED (reason DISK_FULL, with RetryInfo: the server's disk has
+	// no room for new work), UNAVAILABLE (draining, or reason SANDBOX_UNREACHABLE: the
+	// session's sandbox cannot be reached at the moment).
 	// While as many run as may, the call waits for its turn, and fails with
 	// RESOURCE_EXHAUSTED (QUEUE_FULL, QUEUE_TIMEOUT) where too many wait or it takes too
 	// long; RetryInfo says when to try again, QuotaFailure what the limits are.
@@ -232,9 +235,12 @@ func (c *executorServiceClient) DeleteExecution(ctx context.Context, in *DeleteE
 // also google.rpc.BadRequest.
 type ExecutorServiceServer interface {
 	// Starts a command and follows it to its end. The command goes on when the caller
-	// leaves. INVALID_ARGUMENT, NOT_FOUND (parent), FAILED_PRECONDITION (a limit that
-	// cannot be enforced, a session that is not running), ALREADY_EXISTS (a request_id
-	// that was used for another request), UNAVAILABLE (draining).
+	// leaves, unless its detach policy says otherwise. INVALID_ARGUMENT, NOT_FOUND
+	// (parent), FAILED_PRECONDITION (a limit that cannot be enforced, a session that is not
+	// running), ALREADY_EXISTS (a request_id that was used for another request),
+	// RESOURCE_EXHAUSTED (reason DISK_FULL, with RetryInfo: the server's disk has
+	// no room for new work), UNAVAILABLE (draining, or reason SANDBOX_UNREACHABLE: the
+	// session's sandbox cannot be reached at the moment).
 	// While as many run as may, the call waits for its turn, and fails with
 	// RESOURCE_EXHAUSTED (QUEUE_FULL, QUEUE_TIMEOUT) where too many wait or it takes too
 	// long; RetryInfo says when to try again, QuotaFailure what the limits are.

@@ -90,6 +90,62 @@ func (Stream) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{0}
 }
 
+// ReadMode says what a read is for.
+type ReadMode int32
+
+const (
+	// Output, and at last the end.
+	ReadMode_READ_MODE_UNSPECIFIED ReadMode = 0
+	// No output: only that nothing more is going to be written. For a reader that has
+	// no room.
+	ReadMode_READ_MODE_AWAIT_OVER ReadMode = 1
+	// The end alone. All output from position on is given up, also what is still to
+	// come; what lies before it counts as read. Cannot be taken back: later reads, of
+	// whatever mode and position, are told the end alone.
+	ReadMode_READ_MODE_DISCARD ReadMode = 2
+)
+
+// Enum value maps for ReadMode.
+var (
+	ReadMode_name = map[int32]string{
+		0: "READ_MODE_UNSPECIFIED",
+		1: "READ_MODE_AWAIT_OVER",
+		2: "READ_MODE_DISCARD",
+	}
+	ReadMode_value = map[string]int32{
+		"READ_MODE_UNSPECIFIED": 0,
+		"READ_MODE_AWAIT_OVER":  1,
+		"READ_MODE_DISCARD":     2,
+	}
+)
+
+func (x ReadMode) Enum() *ReadMode {
+	p := new(ReadMode)
+	*p = x
+	return p
+}
+
+func (x ReadMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ReadMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_guest_v1_guest_proto_enumTypes[1].Descriptor()
+}
+
+func (ReadMode) Type() protoreflect.EnumType {
+	return &file_harvest_guest_v1_guest_proto_enumTypes[1]
+}
+
+func (x ReadMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ReadMode.Descriptor instead.
+func (ReadMode) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{1}
+}
+
 // StopCause says why a command is being stopped.
 type StopCause int32
 
@@ -100,6 +156,8 @@ const (
 	StopCause_STOP_CAUSE_TIMEOUT StopCause = 1
 	// executord asked for it.
 	StopCause_STOP_CAUSE_REQUESTED StopCause = 2
+	// It was idle for too long.
+	StopCause_STOP_CAUSE_IDLE StopCause = 3
 )
 
 // Enum value maps for StopCause.
@@ -108,11 +166,13 @@ var (
 		0: "STOP_CAUSE_UNSPECIFIED",
 		1: "STOP_CAUSE_TIMEOUT",
 		2: "STOP_CAUSE_REQUESTED",
+		3: "STOP_CAUSE_IDLE",
 	}
 	StopCause_value = map[string]int32{
 		"STOP_CAUSE_UNSPECIFIED": 0,
 		"STOP_CAUSE_TIMEOUT":     1,
 		"STOP_CAUSE_REQUESTED":   2,
+		"STOP_CAUSE_IDLE":        3,
 	}
 )
 
@@ -127,11 +187,11 @@ func (x StopCause) String() string {
 }
 
 func (StopCause) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_guest_v1_guest_proto_enumTypes[1].Descriptor()
+	return file_harvest_guest_v1_guest_proto_enumTypes[2].Descriptor()
 }
 
 func (StopCause) Type() protoreflect.EnumType {
-	return &file_harvest_guest_v1_guest_proto_enumTypes[1]
+	return &file_harvest_guest_v1_guest_proto_enumTypes[2]
 }
 
 func (x StopCause) Number() protoreflect.EnumNumber {
@@ -140,7 +200,7 @@ func (x StopCause) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use StopCause.Descriptor instead.
 func (StopCause) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{1}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{2}
 }
 
 // Kind says what a caller can do about an error.
@@ -151,7 +211,7 @@ const (
 	Error_KIND_UNSPECIFIED Error_Kind = 0
 	// No command has this id.
 	Error_KIND_NOT_FOUND Error_Kind = 1
-	// The program, the interpreter of its script or the working directory does not exist.
+	// The program or the interpreter of its script does not exist.
 	Error_KIND_NO_SUCH_PROGRAM Error_Kind = 2
 	// The program exists and cannot be executed.
 	Error_KIND_NOT_EXECUTABLE Error_Kind = 3
@@ -161,6 +221,8 @@ const (
 	Error_KIND_INVALID Error_Kind = 5
 	// Anything else, told in the message.
 	Error_KIND_INTERNAL Error_Kind = 6
+	// The working directory does not exist or cannot be entered.
+	Error_KIND_NO_WORKING_DIRECTORY Error_Kind = 7
 )
 
 // Enum value maps for Error_Kind.
@@ -173,15 +235,17 @@ var (
 		4: "KIND_EXHAUSTED",
 		5: "KIND_INVALID",
 		6: "KIND_INTERNAL",
+		7: "KIND_NO_WORKING_DIRECTORY",
 	}
 	Error_Kind_value = map[string]int32{
-		"KIND_UNSPECIFIED":     0,
-		"KIND_NOT_FOUND":       1,
-		"KIND_NO_SUCH_PROGRAM": 2,
-		"KIND_NOT_EXECUTABLE":  3,
-		"KIND_EXHAUSTED":       4,
-		"KIND_INVALID":         5,
-		"KIND_INTERNAL":        6,
+		"KIND_UNSPECIFIED":          0,
+		"KIND_NOT_FOUND":            1,
+		"KIND_NO_SUCH_PROGRAM":      2,
+		"KIND_NOT_EXECUTABLE":       3,
+		"KIND_EXHAUSTED":            4,
+		"KIND_INVALID":              5,
+		"KIND_INTERNAL":             6,
+		"KIND_NO_WORKING_DIRECTORY": 7,
 	}
 )
 
@@ -196,11 +260,11 @@ func (x Error_Kind) String() string {
 }
 
 func (Error_Kind) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_guest_v1_guest_proto_enumTypes[2].Descriptor()
+	return file_harvest_guest_v1_guest_proto_enumTypes[3].Descriptor()
 }
 
 func (Error_Kind) Type() protoreflect.EnumType {
-	return &file_harvest_guest_v1_guest_proto_enumTypes[2]
+	return &file_harvest_guest_v1_guest_proto_enumTypes[3]
 }
 
 func (x Error_Kind) Number() protoreflect.EnumNumber {
@@ -605,7 +669,10 @@ type StartRequest struct {
 	// is away.
 	TimeoutMs uint64 `protobuf:"varint,9,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
 	// Milliseconds between TERM and KILL at a time-out.
-	GraceMs       uint64 `protobuf:"varint,10,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
+	GraceMs uint64 `protobuf:"varint,10,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
+	// Milliseconds without output, input and use of the processor after which the
+	// guest stops the command by itself; 0 means never. Counted by the guest too.
+	IdleMs        uint64 `protobuf:"varint,13,opt,name=idle_ms,json=idleMs,proto3" json:"idle_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -710,6 +777,13 @@ func (x *StartRequest) GetGraceMs() uint64 {
 	return 0
 }
 
+func (x *StartRequest) GetIdleMs() uint64 {
+	if x != nil {
+		return x.IdleMs
+	}
+	return 0
+}
+
 // StartResponse says that the command runs, or ran.
 type StartResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -777,7 +851,9 @@ type ReadRequest struct {
 	// The most bytes to answer with; at most 1 MiB.
 	MaxBytes uint32 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
 	// Milliseconds to wait for something to tell; at most 60,000.
-	WaitMs        uint32 `protobuf:"varint,4,opt,name=wait_ms,json=waitMs,proto3" json:"wait_ms,omitempty"`
+	WaitMs uint32 `protobuf:"varint,4,opt,name=wait_ms,json=waitMs,proto3" json:"wait_ms,omitempty"`
+	// What is to be told.
+	Mode          ReadMode `protobuf:"varint,10,opt,name=mode,proto3,enum=harvest.guest.v1.ReadMode" json:"mode,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -840,6 +916,13 @@ func (x *ReadRequest) GetWaitMs() uint32 {
 	return 0
 }
 
+func (x *ReadRequest) GetMode() ReadMode {
+	if x != nil {
+		return x.Mode
+	}
+	return ReadMode_READ_MODE_UNSPECIFIED
+}
+
 // ReadResponse is what was there. With no chunk and no exit nothing came in time.
 type ReadResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -847,7 +930,14 @@ type ReadResponse struct {
 	Chunks []*Chunk `protobuf:"bytes,1,rep,name=chunks,proto3" json:"chunks,omitempty"`
 	// Set once the command has ended, its tree is gone and chunks reaches the end
 	// of all output.
-	Exit          *Exit `protobuf:"bytes,2,opt,name=exit,proto3" json:"exit,omitempty"`
+	Exit *Exit `protobuf:"bytes,2,opt,name=exit,proto3" json:"exit,omitempty"`
+	// Nobody of the tree is left to write anything. What is in the pipes may still come.
+	Over bool `protobuf:"varint,10,opt,name=over,proto3" json:"over,omitempty"`
+	// Output is given up since a read with READ_MODE_DISCARD.
+	Discarding bool `protobuf:"varint,11,opt,name=discarding,proto3" json:"discarding,omitempty"`
+	// Milliseconds for which the command has been idle, as far as the guest has looked;
+	// only where there is an idle time-out.
+	IdleMs        uint64 `protobuf:"varint,12,opt,name=idle_ms,json=idleMs,proto3" json:"idle_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -894,6 +984,27 @@ func (x *ReadResponse) GetExit() *Exit {
 		return x.Exit
 	}
 	return nil
+}
+
+func (x *ReadResponse) GetOver() bool {
+	if x != nil {
+		return x.Over
+	}
+	return false
+}
+
+func (x *ReadResponse) GetDiscarding() bool {
+	if x != nil {
+		return x.Discarding
+	}
+	return false
+}
+
+func (x *ReadResponse) GetIdleMs() uint64 {
+	if x != nil {
+		return x.IdleMs
+	}
+	return 0
 }
 
 // Chunk is a piece of one stream: the next size bytes of the frame's payload.
@@ -1075,9 +1186,11 @@ type Exit struct {
 	// CPU time of the tree in microseconds, in the kernel.
 	CpuSystemMicros uint64 `protobuf:"varint,11,opt,name=cpu_system_micros,json=cpuSystemMicros,proto3" json:"cpu_system_micros,omitempty"`
 	// The largest resident set of one process of the tree, in bytes.
-	MaxRssBytes   uint64 `protobuf:"varint,12,opt,name=max_rss_bytes,json=maxRssBytes,proto3" json:"max_rss_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	MaxRssBytes uint64 `protobuf:"varint,12,opt,name=max_rss_bytes,json=maxRssBytes,proto3" json:"max_rss_bytes,omitempty"`
+	// Bytes of output that were given up because executord said so.
+	DiscardedBytes uint64 `protobuf:"varint,20,opt,name=discarded_bytes,json=discardedBytes,proto3" json:"discarded_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Exit) Reset() {
@@ -1201,6 +1314,13 @@ func (x *Exit) GetCpuSystemMicros() uint64 {
 func (x *Exit) GetMaxRssBytes() uint64 {
 	if x != nil {
 		return x.MaxRssBytes
+	}
+	return 0
+}
+
+func (x *Exit) GetDiscardedBytes() uint64 {
+	if x != nil {
+		return x.DiscardedBytes
 	}
 	return 0
 }
@@ -1780,10 +1900,10 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x04stop\x18\x05 \x01(\v2\x1e.harvest.guest.v1.StopResponseH\x00R\x04stop\x12=\n" +
 	"\arelease\x18\x06 \x01(\v2!.harvest.guest.v1.ReleaseResponseH\x00R\arelease\x124\n" +
 	"\x04info\x18\a \x01(\v2\x1e.harvest.guest.v1.InfoResponseH\x00R\x04infoB\b\n" +
-	"\x06answer\"\xf2\x01\n" +
+	"\x06answer\"\x91\x02\n" +
 	"\x05Error\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.harvest.guest.v1.Error.KindR\x04kind\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\x9c\x01\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\"\xbb\x01\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eKIND_NOT_FOUND\x10\x01\x12\x18\n" +
@@ -1791,7 +1911,8 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x13KIND_NOT_EXECUTABLE\x10\x03\x12\x12\n" +
 	"\x0eKIND_EXHAUSTED\x10\x04\x12\x10\n" +
 	"\fKIND_INVALID\x10\x05\x12\x11\n" +
-	"\rKIND_INTERNAL\x10\x06\"\xd5\x02\n" +
+	"\rKIND_INTERNAL\x10\x06\x12\x1d\n" +
+	"\x19KIND_NO_WORKING_DIRECTORY\x10\a\"\xee\x02\n" +
 	"\fStartRequest\x12\x1c\n" +
 	"\texecution\x18\x01 \x01(\tR\texecution\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
@@ -1805,25 +1926,34 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"timeout_ms\x18\t \x01(\x04R\ttimeoutMs\x12\x19\n" +
 	"\bgrace_ms\x18\n" +
-	" \x01(\x04R\agraceMs\"D\n" +
+	" \x01(\x04R\agraceMs\x12\x17\n" +
+	"\aidle_ms\x18\r \x01(\x04R\x06idleMs\"D\n" +
 	"\rStartResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12!\n" +
-	"\fstart_micros\x18\x02 \x01(\x04R\vstartMicros\"}\n" +
+	"\fstart_micros\x18\x02 \x01(\x04R\vstartMicros\"\xad\x01\n" +
 	"\vReadRequest\x12\x1c\n" +
 	"\texecution\x18\x01 \x01(\tR\texecution\x12\x1a\n" +
 	"\bposition\x18\x02 \x01(\x04R\bposition\x12\x1b\n" +
 	"\tmax_bytes\x18\x03 \x01(\rR\bmaxBytes\x12\x17\n" +
-	"\await_ms\x18\x04 \x01(\rR\x06waitMs\"k\n" +
+	"\await_ms\x18\x04 \x01(\rR\x06waitMs\x12.\n" +
+	"\x04mode\x18\n" +
+	" \x01(\x0e2\x1a.harvest.guest.v1.ReadModeR\x04mode\"\xb8\x01\n" +
 	"\fReadResponse\x12/\n" +
 	"\x06chunks\x18\x01 \x03(\v2\x17.harvest.guest.v1.ChunkR\x06chunks\x12*\n" +
-	"\x04exit\x18\x02 \x01(\v2\x16.harvest.guest.v1.ExitR\x04exit\"M\n" +
+	"\x04exit\x18\x02 \x01(\v2\x16.harvest.guest.v1.ExitR\x04exit\x12\x12\n" +
+	"\x04over\x18\n" +
+	" \x01(\bR\x04over\x12\x1e\n" +
+	"\n" +
+	"discarding\x18\v \x01(\bR\n" +
+	"discarding\x12\x17\n" +
+	"\aidle_ms\x18\f \x01(\x04R\x06idleMs\"M\n" +
 	"\x05Chunk\x120\n" +
 	"\x06stream\x18\x01 \x01(\x0e2\x18.harvest.guest.v1.StreamR\x06stream\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\rR\x04size\"F\n" +
 	"\vStopRequest\x12\x1c\n" +
 	"\texecution\x18\x01 \x01(\tR\texecution\x12\x19\n" +
 	"\bgrace_ms\x18\x02 \x01(\x04R\agraceMs\"\x0e\n" +
-	"\fStopResponse\"\xd0\x03\n" +
+	"\fStopResponse\"\xf9\x03\n" +
 	"\x04Exit\x12\x14\n" +
 	"\x04code\x18\x01 \x01(\x05H\x00R\x04code\x12\x18\n" +
 	"\x06signal\x18\x02 \x01(\x05H\x00R\x06signal\x12\x1f\n" +
@@ -1841,7 +1971,8 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x0fcpu_user_micros\x18\n" +
 	" \x01(\x04R\rcpuUserMicros\x12*\n" +
 	"\x11cpu_system_micros\x18\v \x01(\x04R\x0fcpuSystemMicros\x12\"\n" +
-	"\rmax_rss_bytes\x18\f \x01(\x04R\vmaxRssBytesB\b\n" +
+	"\rmax_rss_bytes\x18\f \x01(\x04R\vmaxRssBytes\x12'\n" +
+	"\x0fdiscarded_bytes\x18\x14 \x01(\x04R\x0ediscardedBytesB\b\n" +
 	"\x06statusB\x16\n" +
 	"\x14_first_output_micros\".\n" +
 	"\x0eReleaseRequest\x12\x1c\n" +
@@ -1885,11 +2016,16 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x06Stream\x12\x16\n" +
 	"\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTREAM_STDOUT\x10\x01\x12\x11\n" +
-	"\rSTREAM_STDERR\x10\x02*Y\n" +
+	"\rSTREAM_STDERR\x10\x02*V\n" +
+	"\bReadMode\x12\x19\n" +
+	"\x15READ_MODE_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14READ_MODE_AWAIT_OVER\x10\x01\x12\x15\n" +
+	"\x11READ_MODE_DISCARD\x10\x02*n\n" +
 	"\tStopCause\x12\x1a\n" +
 	"\x16STOP_CAUSE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12STOP_CAUSE_TIMEOUT\x10\x01\x12\x18\n" +
-	"\x14STOP_CAUSE_REQUESTED\x10\x02B\xc3\x01\n" +
+	"\x14STOP_CAUSE_REQUESTED\x10\x02\x12\x13\n" +
+	"\x0fSTOP_CAUSE_IDLE\x10\x03B\xc3\x01\n" +
 	"\x14com.harvest.guest.v1B\n" +
 	"GuestProtoP\x01Z=github.com/harvest-run/executord/gen/harvest/guest/v1;guestv1\xa2\x02\x03HGX\xaa\x02\x10Harvest.Guest.V1\xca\x02\x10Harvest\\Guest\\V1\xe2\x02\x1cHarvest\\Guest\\V1\\GPBMetadata\xea\x02\x12Harvest::Guest::V1b\x06proto3"
 
@@ -1905,57 +2041,59 @@ func file_harvest_guest_v1_guest_proto_rawDescGZIP() []byte {
 	return file_harvest_guest_v1_guest_proto_rawDescData
 }
 
-var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
 var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(Stream)(0),             // 0: harvest.guest.v1.Stream
-	(StopCause)(0),          // 1: harvest.guest.v1.StopCause
-	(Error_Kind)(0),         // 2: harvest.guest.v1.Error.Kind
-	(*Request)(nil),         // 3: harvest.guest.v1.Request
-	(*Response)(nil),        // 4: harvest.guest.v1.Response
-	(*Error)(nil),           // 5: harvest.guest.v1.Error
-	(*StartRequest)(nil),    // 6: harvest.guest.v1.StartRequest
-	(*StartResponse)(nil),   // 7: harvest.guest.v1.StartResponse
-	(*ReadRequest)(nil),     // 8: harvest.guest.v1.ReadRequest
-	(*ReadResponse)(nil),    // 9: harvest.guest.v1.ReadResponse
-	(*Chunk)(nil),           // 10: harvest.guest.v1.Chunk
-	(*StopRequest)(nil),     // 11: harvest.guest.v1.StopRequest
-	(*StopResponse)(nil),    // 12: harvest.guest.v1.StopResponse
-	(*Exit)(nil),            // 13: harvest.guest.v1.Exit
-	(*ReleaseRequest)(nil),  // 14: harvest.guest.v1.ReleaseRequest
-	(*ReleaseResponse)(nil), // 15: harvest.guest.v1.ReleaseResponse
-	(*InfoRequest)(nil),     // 16: harvest.guest.v1.InfoRequest
-	(*InfoResponse)(nil),    // 17: harvest.guest.v1.InfoResponse
-	(*Setup)(nil),           // 18: harvest.guest.v1.Setup
-	(*Overlay)(nil),         // 19: harvest.guest.v1.Overlay
-	(*Layer)(nil),           // 20: harvest.guest.v1.Layer
-	(*SetupResult)(nil),     // 21: harvest.guest.v1.SetupResult
+	(ReadMode)(0),           // 1: harvest.guest.v1.ReadMode
+	(StopCause)(0),          // 2: harvest.guest.v1.StopCause
+	(Error_Kind)(0),         // 3: harvest.guest.v1.Error.Kind
+	(*Request)(nil),         // 4: harvest.guest.v1.Request
+	(*Response)(nil),        // 5: harvest.guest.v1.Response
+	(*Error)(nil),           // 6: harvest.guest.v1.Error
+	(*StartRequest)(nil),    // 7: harvest.guest.v1.StartRequest
+	(*StartResponse)(nil),   // 8: harvest.guest.v1.StartResponse
+	(*ReadRequest)(nil),     // 9: harvest.guest.v1.ReadRequest
+	(*ReadResponse)(nil),    // 10: harvest.guest.v1.ReadResponse
+	(*Chunk)(nil),           // 11: harvest.guest.v1.Chunk
+	(*StopRequest)(nil),     // 12: harvest.guest.v1.StopRequest
+	(*StopResponse)(nil),    // 13: harvest.guest.v1.StopResponse
+	(*Exit)(nil),            // 14: harvest.guest.v1.Exit
+	(*ReleaseRequest)(nil),  // 15: harvest.guest.v1.ReleaseRequest
+	(*ReleaseResponse)(nil), // 16: harvest.guest.v1.ReleaseResponse
+	(*InfoRequest)(nil),     // 17: harvest.guest.v1.InfoRequest
+	(*InfoResponse)(nil),    // 18: harvest.guest.v1.InfoResponse
+	(*Setup)(nil),           // 19: harvest.guest.v1.Setup
+	(*Overlay)(nil),         // 20: harvest.guest.v1.Overlay
+	(*Layer)(nil),           // 21: harvest.guest.v1.Layer
+	(*SetupResult)(nil),     // 22: harvest.guest.v1.SetupResult
 }
 var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
-	6,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
-	8,  // 1: harvest.guest.v1.Request.read:type_name -> harvest.guest.v1.ReadRequest
-	11, // 2: harvest.guest.v1.Request.stop:type_name -> harvest.guest.v1.StopRequest
-	14, // 3: harvest.guest.v1.Request.release:type_name -> harvest.guest.v1.ReleaseRequest
-	16, // 4: harvest.guest.v1.Request.info:type_name -> harvest.guest.v1.InfoRequest
-	5,  // 5: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
-	7,  // 6: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
-	9,  // 7: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
-	12, // 8: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
-	15, // 9: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
-	17, // 10: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
-	2,  // 11: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
-	10, // 12: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
-	13, // 13: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
-	0,  // 14: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
-	1,  // 15: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
-	19, // 16: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
-	20, // 17: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
-	20, // 18: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	7,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
+	9,  // 1: harvest.guest.v1.Request.read:type_name -> harvest.guest.v1.ReadRequest
+	12, // 2: harvest.guest.v1.Request.stop:type_name -> harvest.guest.v1.StopRequest
+	15, // 3: harvest.guest.v1.Request.release:type_name -> harvest.guest.v1.ReleaseRequest
+	17, // 4: harvest.guest.v1.Request.info:type_name -> harvest.guest.v1.InfoRequest
+	6,  // 5: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
+	8,  // 6: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
+	10, // 7: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
+	13, // 8: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
+	16, // 9: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
+	18, // 10: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
+	3,  // 11: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
+	1,  // 12: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
+	11, // 13: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
+	14, // 14: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
+	0,  // 15: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
+	2,  // 16: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
+	20, // 17: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
+	21, // 18: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
+	21, // 19: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
+	20, // [20:20] is the sub-list for method output_type
+	20, // [20:20] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_harvest_guest_v1_guest_proto_init() }
@@ -1992,7 +2130,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_guest_v1_guest_proto_rawDesc), len(file_harvest_guest_v1_guest_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      4,
 			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
