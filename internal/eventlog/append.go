@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -293,7 +294,15 @@ func (l *Log) cutBack() error {
 
 // retain drops the oldest segments until the log is within its bound.
 func (l *Log) retain() {
-	for l.retainedBytes > 0 && l.size > l.retainedBytes && len(l.segments) > 1 {
+	if l.retainedBytes > 0 {
+		l.drop(l.retainedBytes, math.MaxUint64)
+	}
+}
+
+// drop drops the oldest segments until the log has at most size bytes, but none with
+// records behind upTo, and not the active one.
+func (l *Log) drop(size int64, upTo uint64) {
+	for l.size > size && len(l.segments) > 1 && l.segments[1].base-1 <= upTo {
 		l.mu.Lock()
 		s := l.segments[0]
 		s.dropped = true

@@ -105,6 +105,17 @@ type Config struct {
 	// a large one makes a larger segment. 0 stands for an eighth of RetainedBytes,
 	// but at least 256 KiB and at most 8 MiB.
 	SegmentBytes int64
+	// DropNothing keeps everything until Trim says otherwise. RetainedBytes then only
+	// sizes the segments.
+	DropNothing bool
+}
+
+// bound is what Append keeps the log within; 0 is no bound.
+func (cfg *Config) bound() int64 {
+	if cfg.DropNothing {
+		return 0
+	}
+	return cfg.RetainedBytes
 }
 
 const (

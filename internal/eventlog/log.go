@@ -98,7 +98,7 @@ func create(cfg Config) (*Log, error) {
 }
 
 func newLogOf(cfg Config) *Log {
-	l := &Log{dir: cfg.Dir, retainedBytes: cfg.RetainedBytes, segmentBytes: cfg.SegmentBytes}
+	l := &Log{dir: cfg.Dir, retainedBytes: cfg.bound(), segmentBytes: cfg.SegmentBytes}
 	l.recent.abandon() // the first generation
 	return l
 }

@@ -28,7 +28,7 @@ func (l *Log) Move(cfg Config) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.dir, l.retainedBytes, l.segmentBytes = cfg.Dir, cfg.RetainedBytes, cfg.SegmentBytes
+	l.dir, l.retainedBytes, l.segmentBytes = cfg.Dir, cfg.bound(), cfg.SegmentBytes
 	l.segments[0].path = filepath.Join(cfg.Dir, filepath.Base(l.segments[0].path))
 	return nil
 }
