@@ -40,6 +40,8 @@ type command struct {
 	died      <-chan death
 	pipes     [2]*os.File // closed by run
 	sourceDir string
+	// over closes when nobody of the tree is left to write.
+	over chan struct{}
 	// ended closes when the exit can be read and nothing is left to clean up.
 	ended chan struct{}
 
@@ -47,12 +49,13 @@ type command struct {
 	cause   guestv1.StopCause // why it is being stopped, if it is
 	killAt  time.Time         // when the grace is over
 	ordered chan struct{}     // has one element when cause or killAt is news
+	active  time.Time         // when it was last seen active; zero if nobody looks
 }
 
 func newCommand(id string) *command {
 	return &command{
 		id: id, spool: newSpool(spoolBytes),
-		started: make(chan struct{}), ended: make(chan struct{}), ordered: make(chan struct{}, 1),
+		started: make(chan struct{}), over: make(chan struct{}), ended: make(chan struct{}), ordered: make(chan struct{}, 1),
 	}
 }
 
@@ -122,6 +125,16 @@ func (c *command) start(g *Guest, r *guestv1.StartRequest, arrived time.Time) (e
 	return nil
 }
 
+// isOver says whether nobody of the tree is left to write.
+func (c *command) isOver() bool {
+	select {
+	case <-c.over:
+		return true
+	default:
+		return false
+	}
+}
+
 // stop orders the end. It never waits: whoever orders it may be the one who has to
 // read output for the command to come to its end. The first cause stands, a later
 // order can only shorten the grace.
@@ -150,22 +163,24 @@ func (c *command) order() (guestv1.StopCause, time.Time) {
 }
 
 // run follows the command to its end and leaves the exit in the spool.
-func (c *command) run(stock *stock, timeout, grace time.Duration) {
+func (c *command) run(stock *stock, timeout, idle, grace time.Duration) {
 	var pumps sync.WaitGroup
 	for i, stream := range []guestv1.Stream{guestv1.Stream_STREAM_STDOUT, guestv1.Stream_STREAM_STDERR} {
 		pumps.Go(func() { pump(c.pipes[i], newSource(c.spool, stream, stock)) })
 	}
 	end := &ending{tree: c.tree, found: make(map[int]bool)}
-	leader := c.lead(end, timeout, grace)
+	leader := c.lead(end, timeout, idle, grace)
 	if !c.awaitStrays(end) {
 		end.kill()
 	}
+	close(c.over)
 	c.drain(&pumps)
 
 	exit := c.exitOf(leader)
 	exit.StopCause = end.cause
 	exit.Killed = end.killed
 	exit.Reaped, exit.TreeEmpty = end.outcome()
+	exit.DiscardedBytes = c.spool.givenUp()
 	c.spool.finish(exit)
 
 	// What is left to clean up is nothing that anybody waits for.
@@ -226,7 +241,7 @@ func (e *ending) outcome() (reaped uint32, empty bool) {
 }
 
 // lead waits for the end of the leader and carries out stops meanwhile.
-func (c *command) lead(end *ending, timeout, grace time.Duration) death {
+func (c *command) lead(end *ending, timeout, idle, grace time.Duration) death {
 	var timedOut <-chan time.Time
 	if timeout > 0 {
 		t := time.NewTimer(timeout)
@@ -236,6 +251,8 @@ func (c *command) lead(end *ending, timeout, grace time.Duration) death {
 	kill := time.NewTimer(time.Hour)
 	kill.Stop()
 	defer kill.Stop()
+	idleness := c.watchIdle(idle, grace)
+	defer idleness.stop()
 	for {
 		select {
 		case d := <-c.died:
@@ -243,7 +260,10 @@ func (c *command) lead(end *ending, timeout, grace time.Duration) death {
 		case <-timedOut:
 			timedOut = nil
 			c.stop(guestv1.StopCause_STOP_CAUSE_TIMEOUT, grace)
+		case <-idleness.timer.C:
+			idleness.look()
 		case <-c.ordered:
+			idleness.stop()
 			cause, at := c.order()
 			if end.cause == guestv1.StopCause_STOP_CAUSE_UNSPECIFIED {
 				if d, ok := c.alreadyDead(); ok {

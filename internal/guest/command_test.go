@@ -159,7 +159,7 @@ func TestLead(t *testing.T) {
 					}
 				})
 				begun := time.Now()
-				d := cmd.lead(end, c.timeout, c.grace)
+				d := cmd.lead(end, c.timeout, 0, c.grace)
 				if took := time.Since(begun); took != c.took || !d.when.Equal(time.Now()) {
 					t.Errorf("ended after %v, want %v", took, c.took)
 				}

@@ -269,7 +269,9 @@ func (g *Guest) start(r *guestv1.StartRequest, c *command, fresh bool) (*guestv1
 			delete(g.commands, c.id)
 			g.mu.Unlock()
 		} else {
-			g.running.Go(func() { c.run(g.stock, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetGraceMs())) })
+			g.running.Go(func() {
+				c.run(g.stock, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetIdleMs()), milliseconds(r.GetGraceMs()))
+			})
 		}
 		close(c.started)
 	}
@@ -298,7 +300,19 @@ func (g *Guest) read(ctx context.Context, r *guestv1.ReadRequest, resp *guestv1.
 		return nil, err
 	}
 	limit := int64(min(r.GetMaxBytes(), wire.MaxPayload))
-	if limit == 0 {
+	position := int64(r.GetPosition())
+	var over <-chan struct{}
+	switch r.GetMode() {
+	case guestv1.ReadMode_READ_MODE_UNSPECIFIED:
+	case guestv1.ReadMode_READ_MODE_AWAIT_OVER:
+		over = c.over
+	case guestv1.ReadMode_READ_MODE_DISCARD:
+		c.spool.discardFrom(position)
+		limit = wire.MaxPayload
+	default:
+		return nil, refuse(guestv1.Error_KIND_INVALID, "read mode %d", r.GetMode())
+	}
+	if limit == 0 && over == nil {
 		return nil, refuse(guestv1.Error_KIND_INVALID, "max_bytes is 0")
 	}
 	answer := &guestv1.ReadResponse{}
@@ -306,20 +320,34 @@ func (g *Guest) read(ctx context.Context, r *guestv1.ReadRequest, resp *guestv1.
 	timer := time.NewTimer(min(milliseconds(uint64(r.GetWaitMs())), maxWait))
 	defer timer.Stop()
 	for {
-		pieces, exit, wait, err := c.spool.read(int64(r.GetPosition()), limit)
-		if err != nil {
-			return nil, refuse(guestv1.Error_KIND_INVALID, "position %d %v", r.GetPosition(), err)
-		}
-		if wait == nil {
-			for _, p := range pieces {
-				answer.Chunks = append(answer.Chunks, &guestv1.Chunk{Stream: p.stream, Size: uint32(len(p.data))})
+		answer.IdleMs = uint64(c.idle(time.Now()).Milliseconds())
+		answer.Over = c.isOver()
+		var wait <-chan struct{}
+		if over != nil {
+			wait = over
+			if answer.Over {
+				return nil, nil
 			}
-			answer.Exit = exit
-			return pieces, nil
+		} else {
+			var pieces []piece
+			var exit *guestv1.Exit
+			pieces, exit, wait, err = c.spool.read(position, limit)
+			if err != nil {
+				return nil, refuse(guestv1.Error_KIND_INVALID, "position %d %v", r.GetPosition(), err)
+			}
+			answer.Discarding = c.spool.discarding()
+			if wait == nil {
+				for _, p := range pieces {
+					answer.Chunks = append(answer.Chunks, &guestv1.Chunk{Stream: p.stream, Size: uint32(len(p.data))})
+				}
+				answer.Exit = exit
+				return pieces, nil
+			}
 		}
 		select {
 		case <-wait:
 		case <-timer.C:
+			answer.IdleMs = uint64(c.idle(time.Now()).Milliseconds())
 			return nil, nil
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)

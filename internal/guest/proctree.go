@@ -174,6 +174,23 @@ func parseStat(pid int, text []byte) (process, error) {
 	return p, nil
 }
 
+// parseCPU reads from a line of /proc/PID/stat what the process and the children that it
+// has waited for have used.
+func parseCPU(text []byte) time.Duration {
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 15 {
+		return 0
+	}
+	var ticks int64
+	for _, field := range fields[11:15] {
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err == nil && n > 0 && n < 1<<40 {
+			ticks += n
+		}
+	}
+	return time.Duration(ticks) * clockTick
+}
+
 // hasVariable says whether a process began with this "NAME=value" in its environment.
 func hasVariable(pid int, variable string) bool {
 	f, err := os.Open(filepath.Join("/proc", strconv.Itoa(pid), "environ"))

@@ -79,7 +79,7 @@ func workingDirectory(dir string, create bool) error {
 	if pe, ok := errors.AsType[*os.PathError](err); ok {
 		err = pe.Err
 	}
-	return refuse(guestv1.Error_KIND_NO_SUCH_PROGRAM, "working directory %q: %v", dir, err)
+	return refuse(guestv1.Error_KIND_NO_WORKING_DIRECTORY, "working directory %q: %v", dir, err)
 }
 
 // writeSource writes the source file into a directory of its own and returns its path.

@@ -27,6 +27,9 @@ type spool struct {
 	end     int64   // position behind the last byte
 	exit    *guestv1.Exit
 	firstAt time.Time // when the first byte came
+	lastAt  time.Time // when the last byte came
+	given   int64     // bytes that were given up unread
+	closed  bool      // what comes is given up
 	waiting int       // sources that wait for room
 	more    wakeup    // something was added, or the end
 	room    wakeup    // something was given up
@@ -142,10 +145,16 @@ func (s *spool) awaitRoom() int64 {
 func (s *spool) add(c chunk) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.lastAt = time.Now()
 	if s.end == 0 {
-		s.firstAt = time.Now()
+		s.firstAt = s.lastAt
 	}
 	s.end += c.size()
+	if s.closed {
+		s.given += c.size()
+		s.start = s.end
+		return
+	}
 	// What follows in the same block lengthens the chunk, so that a trickle of small
 	// writes makes no more chunks than a flood.
 	if n := len(s.chunks); n > 0 && s.chunks[n-1].block == c.block && s.chunks[n-1].to == c.from {
@@ -186,6 +195,48 @@ func (s *spool) written() int64 {
 	return s.end
 }
 
+// lastOutput is when the last byte came; false if none did.
+func (s *spool) lastOutput() (time.Time, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lastAt, s.end > 0
+}
+
+// full says whether a source waits for room.
+func (s *spool) full() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.waiting > 0
+}
+
+// discardFrom gives up what is there from position on and all that comes. What lies
+// before position has been read.
+func (s *spool) discardFrom(position int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.closed = true
+	s.given = s.end - min(max(position, s.start), s.end)
+	s.giveUp(s.end)
+	s.more.wake()
+}
+
+// discarding says whether what comes is given up.
+func (s *spool) discarding() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closed
+}
+
+// givenUp is how much was given up unread because executord said so.
+func (s *spool) givenUp() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return uint64(s.given)
+}
+
 // blocked returns a channel that is closed when something is given up, if a source
 // waits for that and fewer than bytes came in so far; else nil.
 func (s *spool) blocked(bytes int64) <-chan struct{} {
@@ -211,6 +262,9 @@ type piece struct {
 func (s *spool) read(position, limit int64) (pieces []piece, exit *guestv1.Exit, wait <-chan struct{}, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		position = s.end
+	}
 	if position < s.start || position > s.end {
 		return nil, nil, nil, errPosition
 	}

@@ -65,6 +65,8 @@ const (
 	patience = 30 * time.Second
 	// maxWait is the longest that a guest can be asked to wait.
 	maxWait = time.Minute
+	// maxIdleMillis is a century.
+	maxIdleMillis = 100 * 366 * 24 * 3600 * 1000
 	// maxErrorText bounds what is kept of a guest's message.
 	maxErrorText = 2 << 10
 )
@@ -169,6 +171,12 @@ type Output struct {
 	Chunks []Chunk
 	// Exit is set once everything was read.
 	Exit *guestv1.Exit
+	// Over says that nothing more is going to be written.
+	Over bool
+	// Discarding says that output is given up, by a Discard before.
+	Discarding bool
+	// Idle is how long the command has been idle; 0 without an idle time-out.
+	Idle time.Duration
 
 	answer answer
 }
@@ -229,7 +237,10 @@ func outputOf(a answer, maxBytes int) (*Output, error) {
 	if n := len(read.GetChunks()); n > wire.MaxChunks {
 		return nil, fmt.Errorf("the guest sent %d chunks at once", n)
 	}
-	out := &Output{Exit: read.GetExit(), Chunks: make([]Chunk, 0, len(read.GetChunks())), answer: a}
+	out := &Output{
+		Exit: read.GetExit(), Chunks: make([]Chunk, 0, len(read.GetChunks())), answer: a,
+		Over: read.GetOver(), Discarding: read.GetDiscarding(), Idle: time.Duration(min(read.GetIdleMs(), maxIdleMillis)) * time.Millisecond,
+	}
 	for _, chunk := range read.GetChunks() {
 		n := int(chunk.GetSize())
 		s := chunk.GetStream()
@@ -271,6 +282,9 @@ func checkExit(exit *guestv1.Exit) error {
 		if micros > limit {
 			return fmt.Errorf("the guest told a time of %d µs", micros)
 		}
+	}
+	if n := exit.GetDiscardedBytes(); n > 1<<62 {
+		return fmt.Errorf("the guest told of %d bytes that it gave up", n)
 	}
 	return nil
 }
