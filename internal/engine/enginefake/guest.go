@@ -3,6 +3,7 @@ package enginefake
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"io"
 	"net"
 	"slices"
@@ -29,9 +30,14 @@ type command struct {
 	chunks []chunk // from start on
 	start  int64
 	end    int64
-	first  time.Time // when the first byte came
-	exit   *guestv1.Exit
-	change chan struct{} // closed when something of the above changes
+	first  time.Time     // when the first byte came
+	last   time.Time     // when the last byte came
+	idle   time.Duration // its idle time-out; never changed
+	// discarding gives up what comes; discarded counts it.
+	discarding bool
+	discarded  uint64
+	exit       *guestv1.Exit
+	change     chan struct{} // closed when something of the above changes
 }
 
 type chunk struct {
@@ -65,28 +71,74 @@ func (c *command) write(stream guestv1.Stream, data []byte) (left []byte, room <
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	n := int(min(spoolBytes-(c.end-c.start), int64(len(data))))
+	if c.discarding {
+		n = len(data)
+	}
 	if n > 0 {
+		c.last = time.Now()
 		if c.end == 0 {
-			c.first = time.Now()
+			c.first = c.last
 		}
 		c.chunks = append(c.chunks, chunk{stream, data[:n]})
 		c.end += int64(n)
+		if c.discarding {
+			c.giveUpAll()
+		}
 		c.changed()
 	}
 	return data[n:], c.change
+}
+
+// discard gives up everything from position on.
+func (c *command) discard(position int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.discarding {
+		c.discarding = true
+		c.giveUp(min(max(position, c.start), c.end))
+		c.giveUpAll()
+		c.changed()
+	}
+}
+
+// giveUpAll gives up what is there. The caller holds mu.
+func (c *command) giveUpAll() {
+	c.discarded += uint64(c.end - c.start)
+	c.chunks, c.start = nil, c.end
+}
+
+// idleFor is how long nothing was written; a program that waits for room is not idle.
+func (c *command) idleFor() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.idleForLocked()
+}
+
+func (c *command) idleForLocked() time.Duration {
+	since := c.began
+	if c.last.After(since) {
+		since = c.last
+	}
+	if c.idle == 0 || c.end-c.start >= spoolBytes {
+		return 0
+	}
+	return time.Since(since)
 }
 
 // read is what the protocol says about ReadRequest.
 func (c *command) read(position int64, size int) (answer *guestv1.ReadResponse, payload []byte, wait <-chan struct{}, refused bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.discarding {
+		position = c.end
+	}
 	if position < c.start || position > c.end {
 		return nil, nil, nil, true
 	}
 	if position > c.start {
 		c.giveUp(position)
 	}
-	answer = &guestv1.ReadResponse{}
+	answer = c.answerLocked()
 	for _, piece := range c.chunks {
 		n := min(len(piece.data), size-len(payload))
 		if n == 0 {
@@ -102,6 +154,19 @@ func (c *command) read(position int64, size int) (answer *guestv1.ReadResponse, 
 		wait = c.change
 	}
 	return answer, payload, wait, false
+}
+
+// answer is a ReadResponse without output.
+func (c *command) answer() *guestv1.ReadResponse {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.answerLocked()
+}
+
+func (c *command) answerLocked() *guestv1.ReadResponse {
+	return &guestv1.ReadResponse{
+		Over: c.hasEnded(), Discarding: c.discarding, IdleMs: uint64(c.idleForLocked().Milliseconds()),
+	}
 }
 
 // giveUp forgets what lies before position. The caller holds mu.
@@ -224,11 +289,13 @@ func (sb *sandbox) start(r *guestv1.StartRequest) *Answer {
 	c, repeat := sb.commands[r.GetExecution()]
 	if !repeat && script.Refuse == nil && !sb.dead {
 		c = &command{
-			id: r.GetExecution(), script: script, began: time.Now(), started: make(chan struct{}),
+			id: r.GetExecution(), script: script, began: time.Now(), idle: milliseconds(r.GetIdleMs()), started: make(chan struct{}),
 			stops: make(chan stop), ended: make(chan struct{}), change: make(chan struct{}),
 		}
 		sb.commands[c.id] = c
-		sb.work.Go(func() { c.run(sb.done, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetGraceMs())) })
+		sb.work.Go(func() {
+			c.run(sb.done, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetIdleMs()), milliseconds(r.GetGraceMs()))
+		})
 	}
 	sb.mu.Unlock()
 	if repeat {
@@ -251,7 +318,7 @@ func (sb *sandbox) start(r *guestv1.StartRequest) *Answer {
 		sb.engine.note(c.id)
 		close(c.started)
 	}
-	return &Answer{Response: &guestv1.Response{Answer: &guestv1.Response_Start{Start: &guestv1.StartResponse{Pid: 2}}}}
+	return &Answer{Response: &guestv1.Response{Answer: &guestv1.Response_Start{Start: &guestv1.StartResponse{Pid: 2, StartMicros: cmp.Or(script.StartMicros, uint64(script.StartDelay.Microseconds()))}}}}
 }
 
 func (e *Engine) note(execution string) {
@@ -267,6 +334,18 @@ func (sb *sandbox) read(r *guestv1.ReadRequest, ended <-chan struct{}) *Answer {
 	}
 	timer := time.NewTimer(milliseconds(uint64(r.GetWaitMs())))
 	defer timer.Stop()
+	switch r.GetMode() {
+	case guestv1.ReadMode_READ_MODE_AWAIT_OVER:
+		select {
+		case <-c.ended:
+		case <-timer.C:
+		case <-ended:
+		case <-sb.done:
+		}
+		return &Answer{Response: &guestv1.Response{Answer: &guestv1.Response_Read{Read: c.answer()}}}
+	case guestv1.ReadMode_READ_MODE_DISCARD:
+		c.discard(int64(r.GetPosition()))
+	}
 	for {
 		answer, payload, wait, refused := c.read(int64(r.GetPosition()), int(r.GetMaxBytes()))
 		if refused {
@@ -282,7 +361,7 @@ func (sb *sandbox) read(r *guestv1.ReadRequest, ended <-chan struct{}) *Answer {
 		case <-ended:
 		case <-sb.done:
 		}
-		return &Answer{Response: &guestv1.Response{Answer: &guestv1.Response_Read{Read: &guestv1.ReadResponse{}}}}
+		return &Answer{Response: &guestv1.Response{Answer: &guestv1.Response_Read{Read: c.answer()}}}
 	}
 }
 

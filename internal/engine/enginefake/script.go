@@ -11,6 +11,8 @@ import (
 type Script struct {
 	// Refuse, if it is set, answers the start; nothing runs.
 	Refuse *guestv1.Error
+	// StartMicros is what the start's answer tells of how long it took; StartDelay if 0.
+	StartMicros uint64
 	// StartDelay passes before a start is answered.
 	StartDelay time.Duration
 	// Steps are done one after the other.
@@ -87,7 +89,7 @@ const (
 )
 
 // run does the script until its end or that of the sandbox.
-func (c *command) run(dead <-chan struct{}, timeout, grace time.Duration) {
+func (c *command) run(dead <-chan struct{}, timeout, idle, grace time.Duration) {
 	s := c.script
 	var (
 		timedOut, killed, heeded <-chan time.Time
@@ -101,6 +103,10 @@ func (c *command) run(dead <-chan struct{}, timeout, grace time.Duration) {
 		timer := time.NewTimer(timeout)
 		defer timer.Stop()
 		timedOut = timer.C
+	}
+	var idling <-chan time.Time
+	if idle > 0 {
+		idling = time.After(idle)
 	}
 	stopping := func(o stop) {
 		if cause == guestv1.StopCause_STOP_CAUSE_UNSPECIFIED {
@@ -140,6 +146,12 @@ func (c *command) run(dead <-chan struct{}, timeout, grace time.Duration) {
 			}
 		case <-timedOut:
 			stopping(stop{guestv1.StopCause_STOP_CAUSE_TIMEOUT, grace})
+		case <-idling:
+			if left := idle - c.idleFor(); left > 0 {
+				idling = time.After(left)
+				continue
+			}
+			stopping(stop{guestv1.StopCause_STOP_CAUSE_IDLE, grace})
 		case o := <-c.stops:
 			stopping(o)
 		case <-heeded:
@@ -161,6 +173,7 @@ func (c *command) finish(how *guestv1.Exit, cause guestv1.StopCause, killed bool
 	exit := proto.CloneOf(how)
 	if !c.script.Lie {
 		exit.StopCause, exit.Killed = cause, killed
+		exit.DiscardedBytes = c.discarded
 		exit.RunMicros = uint64(time.Since(c.began).Microseconds())
 		if c.end > 0 {
 			micros := uint64(c.first.Sub(c.began).Microseconds())

@@ -21,6 +21,7 @@ func commandCases() []testCase {
 		{"a big file lasts between commands and restarts", filesLast},
 		{"a source file may be binary", binarySource},
 		{"two sandboxes do not see each other", apart},
+		{"what is idle is told from what works", idleness},
 	}
 }
 
