@@ -15,15 +15,18 @@ import (
 
 const (
 	insertExecution = `INSERT INTO executions (id, session, command, limits, retained_bytes, labels,
-		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
+		policies, log_bytes, warned, expire_time)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 
 	// The condition on state keeps a life from going back, whoever writes last.
 	updateExecution = `UPDATE executions SET state = ?1, result = ?2, engine = ?3, sandbox = ?4, limits = ?5,
-		epoch = ?6, sequence = ?7, start_time = ?8, end_time = ?9 WHERE id = ?10 AND state <= ?1`
+		epoch = ?6, sequence = ?7, start_time = ?8, end_time = ?9, log_bytes = ?10, warned = ?11, expire_time = ?12
+		WHERE id = ?13 AND state <= ?1`
 
 	selectExecution = `SELECT id, session, command, limits, retained_bytes, labels,
-		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time FROM executions `
+		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
+		policies, log_bytes, warned FROM executions `
 
 	getExecution         = selectExecution + `WHERE id = ?`
 	listExecutions       = selectExecution + `WHERE id < ? ORDER BY id DESC LIMIT ?`
@@ -59,7 +62,8 @@ func (s *Store) insertExecutionWith(ctx context.Context, e execution.Execution, 
 	}
 	err = insert(ctx, e.ID, e.Session, command, changing.limits, e.RetainedBytes, labels,
 		e.Engine, e.Sandbox, e.State, changing.result, e.Epoch, int64(e.Sequence),
-		e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime))
+		e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime),
+		changing.policies, e.LogBytes, e.Warned, expireColumn(e))
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "EXECUTION_EXISTS", "execution %q exists", e.ID)
 	}
@@ -78,7 +82,8 @@ func (s *Store) UpdateExecution(ctx context.Context, e execution.Execution) erro
 	}
 	err = s.write(ctx, func(ctx context.Context) error {
 		done, err := changed(s.updateExecution.ExecContext(ctx, e.State, changing.result, e.Engine, e.Sandbox, changing.limits,
-			e.Epoch, int64(e.Sequence), timeColumn(e.StartTime), timeColumn(e.EndTime), e.ID))
+			e.Epoch, int64(e.Sequence), timeColumn(e.StartTime), timeColumn(e.EndTime),
+			e.LogBytes, e.Warned, expireColumn(e), e.ID))
 		if done || err != nil {
 			return err
 		}
@@ -161,16 +166,20 @@ func executionError(action, id string, err error) error {
 	}
 }
 
-// executionColumns are the columns that change in a life and need encoding.
+// executionColumns are the columns that need encoding, beside the command and the labels.
 type executionColumns struct {
-	limits string
-	result sql.NullString
+	limits   string
+	policies string
+	result   sql.NullString
 }
 
 func encodeExecution(e execution.Execution) (executionColumns, error) {
 	var columns executionColumns
 	var err error
 	if columns.limits, err = toJSON("limits", e.Limits); err != nil {
+		return columns, err
+	}
+	if columns.policies, err = toJSON("policies", e.Policies); err != nil {
 		return columns, err
 	}
 	if e.Result != nil {
@@ -182,13 +191,14 @@ func encodeExecution(e execution.Execution) (executionColumns, error) {
 
 func scanExecution(r row) (execution.Execution, error) {
 	var (
-		e                               execution.Execution
-		command, limits, labels, result sql.NullString
-		sequence, create                int64
-		start, end                      sql.NullInt64
+		e                                         execution.Execution
+		command, limits, labels, result, policies sql.NullString
+		sequence, create                          int64
+		start, end                                sql.NullInt64
 	)
 	err := r.Scan(&e.ID, &e.Session, &command, &limits, &e.RetainedBytes, &labels,
-		&e.Engine, &e.Sandbox, &e.State, &result, &e.Epoch, &sequence, &create, &start, &end)
+		&e.Engine, &e.Sandbox, &e.State, &result, &e.Epoch, &sequence, &create, &start, &end,
+		&policies, &e.LogBytes, &e.Warned)
 	if err != nil {
 		return execution.Execution{}, err
 	}
@@ -200,6 +210,7 @@ func scanExecution(r row) (execution.Execution, error) {
 		fromJSON("limits", limits, &e.Limits),
 		fromJSON("labels", labels, &e.Labels),
 		fromJSON("result", result, &e.Result),
+		fromJSON("policies", policies, &e.Policies),
 	)
 	if err != nil {
 		return execution.Execution{}, fmt.Errorf("execution %q: %w", e.ID, err)

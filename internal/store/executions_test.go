@@ -29,8 +29,10 @@ func fullExecution(id string) execution.Execution {
 		ID: id, Session: "s1",
 		Command: execution.Command{
 			Language: execution.Python, Source: "print('ü\x00<&>\u2028')", Args: []string{"", "a b", "\"'\n"},
-			Env: map[string]string{"A": "", "B=": ""}, WorkingDirectory: "/w", Timeout: 90 * time.Second, GracePeriod: &grace,
+			Env: map[string]string{"A": "", "B=": ""}, WorkingDirectory: "/w", Timeout: 90 * time.Second, GracePeriod: &grace, IdleTimeout: time.Minute,
 		},
+		Policies: execution.Policies{OnLimit: execution.Kill, Retention: time.Hour, Detach: execution.CancelDetached, DetachGrace: &grace},
+		LogBytes: 1 << 41, Warned: 5,
 		Limits:        engine.Limits{MemoryBytes: 1, CPUMillis: 2, PIDs: 3},
 		RetainedBytes: 1 << 40, Labels: map[string]string{"k": "v", "": "ü"},
 		Engine: "local", Sandbox: "box", State: execution.Ended,
@@ -108,7 +110,7 @@ func TestUpdateExecution(t *testing.T) {
 	}
 	want := update
 	want.Session, want.Command, want.Labels = before.Session, before.Command, before.Labels
-	want.RetainedBytes, want.CreateTime = before.RetainedBytes, before.CreateTime
+	want.RetainedBytes, want.CreateTime, want.Policies = before.RetainedBytes, before.CreateTime, before.Policies
 	got, err := s.GetExecution(t.Context(), "a")
 	if err != nil {
 		t.Fatal(err)
@@ -299,6 +301,10 @@ func TestStatementsUseIndexes(t *testing.T) {
 		listInSessions:       "SEARCH executions USING INDEX executions_in_sessions (id<?)",
 		unfinishedExecutions: "SCAN executions USING INDEX executions_unfinished",
 		updateExecution:      "SEARCH executions USING INDEX sqlite_autoindex_executions_1 (id=?)",
+		countEnded:           "SCAN executions USING COVERING INDEX executions_ended",
+		listEnded:            "SEARCH executions USING COVERING INDEX executions_ended ((end_time,id)>(?,?) AND end_time<?)",
+		listExpired:          "SEARCH executions USING COVERING INDEX executions_expiring ((expire_time,id)>(?,?) AND expire_time<?)",
+		deleteEnded:          "SEARCH executions USING INDEX sqlite_autoindex_executions_1 (id=?)",
 		listSessions:         "SEARCH sessions USING INDEX sqlite_autoindex_sessions_1 (id<?)",
 		listAlive:            "SEARCH sessions USING INDEX sessions_unfinished (id<?)",
 		unfinishedSessions:   "SCAN sessions USING INDEX sessions_unfinished",
@@ -306,8 +312,11 @@ func TestStatementsUseIndexes(t *testing.T) {
 		var id, parent, unused int
 		var got string
 		args := make([]any, strings.Count(statement, "?"))
-		if strings.Contains(statement, "?10") {
-			args = args[:10] // numbered
+		for n := len(args); n > 0; n-- {
+			if strings.Contains(statement, fmt.Sprintf("?%d", n)) {
+				args = args[:n] // numbered
+				break
+			}
 		}
 		if err := s.writer.QueryRow("EXPLAIN QUERY PLAN "+statement, args...).Scan(&id, &parent, &unused, &got); err != nil {
 			t.Errorf("%s: %v", statement, err)

@@ -55,6 +55,7 @@ type Store struct {
 	syncer         syncer
 
 	insertExecution, updateExecution, deleteExecution *sql.Stmt
+	deleteEnded, countEnded, listEnded, listExpired   *sql.Stmt
 	insertSession, updateSession                      *sql.Stmt
 	executionState, sessionState                      *sql.Stmt
 	insertRequest, findRequestToWrite, deleteRequests *sql.Stmt
@@ -142,6 +143,10 @@ func (s *Store) prepare(ctx context.Context) error {
 		{s.writer, &s.updateExecution, updateExecution},
 		{s.writer, &s.deleteExecution, `DELETE FROM executions WHERE id = ?`},
 		{s.writer, &s.executionState, `SELECT state FROM executions WHERE id = ?`},
+		{s.writer, &s.deleteEnded, deleteEnded},
+		{s.reader, &s.countEnded, countEnded},
+		{s.reader, &s.listEnded, listEnded},
+		{s.reader, &s.listExpired, listExpired},
 		{s.writer, &s.insertSession, insertSession},
 		{s.writer, &s.updateSession, updateSession},
 		{s.writer, &s.sessionState, `SELECT state FROM sessions WHERE id = ?`},
