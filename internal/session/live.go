@@ -16,8 +16,8 @@ import (
 const (
 	// sandboxTime bounds the making, the finding and the ending of a sandbox.
 	sandboxTime = 2 * time.Minute
-	// openTime is how long an engine with troubles of its own is asked for a sandbox
-	// that was there before executord was restarted.
+	// openTime is how long a start waits for an engine with troubles of its own to open a
+	// sandbox that was there before executord was restarted.
 	openTime = 30 * time.Second
 	// endTime bounds the ending of what runs in a session: the longest grace period,
 	// and some.
@@ -34,6 +34,8 @@ const (
 var (
 	errAsked    = errors.New("the session was ended")
 	errNotFound = fmt.Errorf("no answer within %v", sandboxTime)
+	// errNotFoundYet is the cause when a start has waited long enough.
+	errNotFoundYet = fmt.Errorf("not found within %v", openTime)
 )
 
 // live is a session that has not ended. One goroutine leads it to its end.
@@ -90,8 +92,14 @@ func (l *live) snapshot() Session {
 func (l *live) running() (engine.Sandbox, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.record.State != Running || l.sandbox == nil {
+	switch {
+	case l.record.State != Running:
 		return nil, notRunning(l.record)
+	case l.sandbox == nil:
+		return nil, &fault.Error{
+			Kind: fault.Unavailable, Reason: "SANDBOX_UNREACHABLE", RetryAfter: time.Second,
+			Message: fmt.Sprintf("the sandbox of session %q cannot be opened at the moment; executord goes on trying", l.id),
+		}
 	}
 	return l.sandbox, nil
 }
@@ -187,9 +195,14 @@ func (l *live) make(ctx context.Context) bool {
 	return true
 }
 
-// reopen finds the sandbox of a session that another executord made.
+// reopen finds the sandbox of a session that another executord made. Only an engine
+// that says that there is none is believed; one that has troubles of its own is asked
+// again, until the session is to end anyway.
 func (l *live) reopen(ctx context.Context) bool {
-	for since := time.Now(); ; {
+	expiry := time.NewTimer(time.Until(l.record.ExpireTime()))
+	defer expiry.Stop()
+	wait := firstRetry
+	for n := 1; ; n++ {
 		sandbox, err := l.open(ctx)
 		switch {
 		case err == nil:
@@ -201,11 +214,21 @@ func (l *live) reopen(ctx context.Context) bool {
 		case fault.KindOf(err) == fault.NotFound:
 			l.end(SandboxLost, "its sandbox was gone when executord started again")
 			return true
-		case time.Since(since) >= openTime:
-			l.end(SandboxLost, fmt.Sprintf("its sandbox could not be opened when executord started again: %v", err))
-			return true
 		}
-		pause(ctx, time.Second)
+		if n&(n-1) == 0 { // ever more rarely
+			l.service.log.ErrorContext(ctx, "open the sandbox of a session, trying again", "session", l.id, "tries", n, "error", err)
+		}
+		again := time.NewTimer(wait)
+		select {
+		case <-again.C:
+			wait = min(2*wait, endRetry)
+			continue
+		case <-l.ending:
+		case <-expiry.C:
+		case <-ctx.Done():
+		}
+		again.Stop()
+		return ctx.Err() == nil // await finds out why it is to end
 	}
 }
 

@@ -3,7 +3,6 @@ package session_test
 import (
 	"context"
 	"errors"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -91,6 +90,9 @@ func TestRecover(t *testing.T) {
 	}
 }
 
+// openTime is how long a start waits.
+const openTime = 30 * time.Second
+
 func TestRecoverFails(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r := newRig(t, enginefake.Hooks{Open: func(ctx context.Context, _ string) error { return errors.New("engine on fire") }})
@@ -122,13 +124,22 @@ func TestRecoverFails(t *testing.T) {
 	})
 }
 
-// TestEngineFailsAtRecovery gives an engine in trouble a while. What it cannot find then
-// has ended, but is told so only when the engine has answered that it is gone.
+// TestEngineFailsAtRecovery waits for an engine in trouble, in the background when it
+// takes long. Only one that says so has lost a sandbox. A session that ends meanwhile is
+// told to have ended only when the engine can end it.
 func TestEngineFailsAtRecovery(t *testing.T) {
 	for name, test := range map[string]struct {
-		broken time.Duration
-		lost   bool
-	}{"for a while": {10 * time.Second, false}, "for long": {5 * time.Minute, true}} {
+		broken   time.Duration
+		lifetime time.Duration
+		lost     bool
+		want     session.EndReason
+	}{
+		"for a while":               {10 * time.Second, 24 * time.Hour, false, ""},
+		"for long":                  {time.Hour, 24 * time.Hour, false, ""},
+		"and has lost it":           {5 * time.Minute, 24 * time.Hour, true, session.SandboxLost},
+		"for longer than it lives":  {time.Hour, 30 * time.Minute, false, session.Expired},
+		"for longer than it is let": {time.Hour, 24 * time.Hour, false, session.Requested},
+	} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				var until atomic.Int64
@@ -138,29 +149,39 @@ func TestEngineFailsAtRecovery(t *testing.T) {
 					}
 					return nil
 				}})
-				id := r.running(session.Request{Lifetime: 24 * time.Hour})
+				id := r.running(session.Request{Lifetime: test.lifetime})
 				begin := time.Now()
 				until.Store(begin.Add(test.broken).UnixNano())
 				r.restart()
 				if took := time.Since(begin); took > 32*time.Second {
 					t.Errorf("recovery took %v", took)
 				}
-				if !test.lost {
-					if s := r.get(id); s.State != session.Running {
-						t.Errorf("%+v", s)
+				if s := r.get(id); s.State != session.Running {
+					t.Errorf("%+v", s)
+				}
+				if test.broken > openTime {
+					_, err := r.Sandbox(t.Context(), id)
+					wantFault(t, err, fault.Unavailable, "SANDBOX_UNREACHABLE")
+				}
+				if test.lost {
+					r.fake.Die("s-" + id)
+				}
+				if test.want == session.Requested {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+					defer cancel()
+					if s, err := r.Terminate(ctx, id, "tester"); !errors.Is(err, context.DeadlineExceeded) || s.State != session.Terminating {
+						t.Errorf("%v, %+v", err, s)
 					}
-					if _, err := r.Sandbox(t.Context(), id); err != nil {
-						t.Error(err)
+				}
+				if test.want != "" {
+					if s := r.ended(id); s.Reason != test.want || s.EndTime.Before(begin.Add(test.broken)) {
+						t.Errorf("%+v", s)
 					}
 					return
 				}
-				time.Sleep(time.Minute)
-				if s := r.get(id); s.State != session.Terminating || s.Reason != session.SandboxLost {
-					t.Errorf("%+v", s)
-				}
-				s := r.ended(id)
-				if s.EndTime.Before(begin.Add(test.broken)) || !strings.Contains(s.Detail, "try again") {
-					t.Errorf("%+v", s)
+				time.Sleep(test.broken + time.Minute)
+				if _, err := r.Sandbox(t.Context(), id); err != nil {
+					t.Error(err)
 				}
 			})
 		})

@@ -2,6 +2,7 @@ package session
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -33,6 +34,9 @@ type Pool interface {
 type Config struct {
 	Engine engine.Engine
 	Store  Store
+	// CheckRoom returns a fault while the disk has no room for new work; nil tries all
+	// the same.
+	CheckRoom func() error
 	// Admission says how many sandboxes there may be; nil for no limit.
 	Admission *admission.Controller
 	// Pool is asked first for a sandbox; nil for none.
@@ -117,6 +121,11 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	if err := s.cfg.Engine.CheckLimits(r.Limits); err != nil {
 		return Session{}, err
 	}
+	if check := s.cfg.CheckRoom; check != nil {
+		if err := check(); err != nil {
+			return Session{}, err
+		}
+	}
 	now := time.Now()
 	id := strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
 	record := Session{
@@ -178,7 +187,9 @@ func (s *Service) find(id string) (*live, bool) {
 }
 
 // Recover takes up the sessions that an executord before this one left, and returns
-// when the sandboxes of those that were running have been found or are known to be lost.
+// when the sandboxes of those that were running have been found, are known to be lost, or
+// have been looked for in vain for a while: an engine that has troubles of its own does
+// not keep executord from starting, and is asked again in the background.
 // Call it once, before anything else, and after the executions have recovered: a session
 // that is to end then finds what runs in it.
 func (s *Service) Recover(ctx context.Context) error {
@@ -200,8 +211,15 @@ func (s *Service) Recover(ctx context.Context) error {
 		s.work.Go(func() { l.lead(runCtx) })
 		s.mu.Unlock()
 	}
+	bounded, stop := context.WithTimeoutCause(ctx, openTime, errNotFoundYet)
+	defer stop()
 	for _, l := range found {
-		if err := l.wait(ctx, l.started); err != nil {
+		err := l.wait(bounded, l.started)
+		if errors.Is(err, errNotFoundYet) && ctx.Err() == nil {
+			s.log.WarnContext(ctx, "start without the sandbox of a session, which cannot be opened yet", "session", l.id)
+			continue
+		}
+		if err != nil {
 			return fmt.Errorf("find the sandbox of session %s: %w", l.id, err)
 		}
 	}
@@ -261,8 +279,15 @@ func (s *Service) Terminate(ctx context.Context, id, requester string, key idemp
 	return l.snapshot(), err
 }
 
+// Expiry returns when the lifetime of a session ends, and how long it is.
+func (s *Service) Expiry(ctx context.Context, id string) (time.Time, time.Duration, error) {
+	record, err := s.Get(ctx, id)
+	return record.ExpireTime(), record.Lifetime, err
+}
+
 // Sandbox returns the sandbox of a running session. Faults: NotFound
-// (SESSION_NOT_FOUND), FailedPrecondition (SESSION_NOT_RUNNING).
+// (SESSION_NOT_FOUND), FailedPrecondition (SESSION_NOT_RUNNING), Unavailable
+// (SANDBOX_UNREACHABLE) while the engine cannot open it.
 func (s *Service) Sandbox(ctx context.Context, id string) (engine.Sandbox, error) {
 	if l, ok := s.find(id); ok {
 		return l.running()

@@ -767,3 +767,40 @@ func TestWithoutALogger(t *testing.T) {
 		}
 	})
 }
+
+// TestNoRoom refuses new sessions, and nothing else, while the disk has no room.
+func TestNoRoom(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, enginefake.Hooks{})
+		var full error
+		s, err := session.New(session.Config{Engine: r.fake, Store: r.store, CheckRoom: func() error { return full }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		s.SetExecutions(r.executions)
+		before, err := s.Create(t.Context(), session.Request{Lifetime: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		full = fault.New(fault.Exhausted, "DISK_FULL", "no room")
+		_, err = s.Create(t.Context(), session.Request{})
+		wantFault(t, err, fault.Exhausted, "DISK_FULL")
+		if _, err := s.WaitStarted(t.Context(), before.ID); err != nil {
+			t.Error(err)
+		}
+		expires, lifetime, err := s.Expiry(t.Context(), before.ID)
+		if err != nil || lifetime != time.Hour || !expires.Equal(before.CreateTime.Add(time.Hour)) {
+			t.Errorf("%v, %v, %v", expires, lifetime, err)
+		}
+		_, _, err = s.Expiry(t.Context(), "nosuch")
+		wantFault(t, err, fault.NotFound, "SESSION_NOT_FOUND")
+		if ended, err := s.Terminate(t.Context(), before.ID, "tester", idempotency.Key{}); err != nil || ended.State != session.Terminated {
+			t.Errorf("%+v, %v", ended, err)
+		}
+		full = nil
+		if _, err := s.Create(t.Context(), session.Request{}); err != nil {
+			t.Error(err)
+		}
+	})
+}
