@@ -85,6 +85,9 @@ func (c Command) validateSurroundings() error {
 	if g := c.GracePeriod; g != nil && (*g < 0 || *g > MaxGracePeriod) {
 		return fault.InvalidField("GRACE_PERIOD", "command.grace_period", "must be 0 to %v, not %v", MaxGracePeriod, *g)
 	}
+	if d := c.IdleTimeout; d != 0 && (d < MinIdleTimeout || d > MaxIdleTimeout || d%time.Millisecond != 0) {
+		return fault.InvalidField("IDLE_TIMEOUT", "command.idle_timeout", "must be whole milliseconds from %v to %v, not %v", MinIdleTimeout, MaxIdleTimeout, d)
+	}
 	return nil
 }
 
@@ -160,6 +163,7 @@ func (c Command) startRequest(id string, i int) (*guestv1.StartRequest, bool) {
 		CreateWorkingDirectory: c.WorkingDirectory == DefaultWorkingDirectory,
 		TimeoutMs:              uint64(c.Timeout.Milliseconds()),
 		GraceMs:                uint64(c.GracePeriod.Milliseconds()),
+		IdleMs:                 uint64(c.IdleTimeout.Milliseconds()),
 	}
 	if len(c.Args) > 0 {
 		return r, i == 0

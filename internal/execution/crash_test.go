@@ -107,6 +107,10 @@ func (m *mortal) Sandbox(ctx context.Context, id string) (engine.Sandbox, error)
 	return m.Open(ctx, "s-"+id)
 }
 
+func (m *mortal) Expiry(context.Context, string) (time.Time, time.Duration, error) {
+	return time.Time{}, 0, errKilled
+}
+
 type mortalSandbox struct {
 	engine.Sandbox
 	mortal *mortal

@@ -23,7 +23,9 @@ type Execution struct {
 	Limits engine.Limits
 	// RetainedBytes bounds its log.
 	RetainedBytes int64
-	Labels        map[string]string
+	// Policies are those in force.
+	Policies Policies
+	Labels   map[string]string
 	// Engine and Sandbox say where it runs.
 	Engine  string
 	Sandbox string
@@ -34,6 +36,10 @@ type Execution struct {
 	// the stored Sequence lags behind, the Service fills in the present one.
 	Epoch    string
 	Sequence uint64
+	// LogBytes is what its log takes; set in Ended.
+	LogBytes int64
+	// Warned are the deadlines that it was warned of.
+	Warned Deadlines
 
 	CreateTime time.Time
 	// StartTime is zero until the program was started, EndTime until it ended.
@@ -70,6 +76,8 @@ type Command struct {
 	Timeout time.Duration `json:"timeout,omitempty"`
 	// GracePeriod lies between TERM and KILL; nil stands for DefaultGracePeriod.
 	GracePeriod *time.Duration `json:"grace_period,omitempty"`
+	// IdleTimeout is counted by the guest too; 0 is none.
+	IdleTimeout time.Duration `json:"idle_timeout,omitempty"`
 	// Trace is the caller's trace context, a W3C traceparent, handed on to the program as
 	// TRACEPARENT; "" if there is none. It is not stored.
 	Trace string `json:"-"`
@@ -112,6 +120,9 @@ const (
 	SandboxLost   Reason = "SANDBOX_LOST"
 	StartFailed   Reason = "START_FAILED"
 	ServerStopped Reason = "SERVER_STOPPED"
+	IdleTimedOut  Reason = "IDLE_TIMED_OUT"
+	OutputLimit   Reason = "OUTPUT_LIMIT"
+	Abandoned     Reason = "ABANDONED"
 )
 
 // Outcome sums a result up for people.
@@ -157,9 +168,9 @@ func (r *Result) Outcome() Outcome {
 		return Failure
 	case StartFailed:
 		return Failure
-	case TimedOut:
+	case TimedOut, IdleTimedOut:
 		return Timeout
-	case Cancelled, SessionEnded, ServerStopped:
+	case Cancelled, SessionEnded, ServerStopped, Abandoned:
 		return CancelledByAny
 	default:
 		return Crashed

@@ -36,7 +36,7 @@ func (r *run) follow(ctx context.Context) *Result {
 				out.Release()
 			}
 			return nil // an executord after this one goes on; the guest still has it all
-		case errors.Is(err, errOrdered):
+		case errors.Is(err, errOrdered) || errors.Is(err, errNews):
 			continue
 		case err != nil:
 			if silentSince.IsZero() {
@@ -50,6 +50,11 @@ func (r *run) follow(ctx context.Context) *Result {
 		}
 		silentSince = time.Time{}
 		exit, size := out.Exit, sizeOf(out)
+		r.over = r.over || out.Over || exit != nil
+		r.observe(now, out.Idle)
+		if out.Discarding && !r.discarding && r.record.Policies.OnLimit == Kill {
+			r.overflow() // it was an executord before this one that found its log full
+		}
 		if size > 0 {
 			if r.times.FirstOutput.IsZero() {
 				r.times.FirstOutput = now
@@ -77,12 +82,23 @@ func (r *run) follow(ctx context.Context) *Result {
 			return r.exited(ctx, exit)
 		case r.overdue():
 			return r.lost(ctx, errors.New("the guest did not end the command when it should have"))
-		case !r.noteAt.IsZero() && !now.Before(r.noteAt):
-			r.note(ctx)
-		case size == 0:
+		}
+		if did := r.remind(ctx, now); !did && size == 0 {
 			pause(ctx, coalesce) // a guest that does not wait when it is asked to must not keep us busy
 		}
 	}
+}
+
+// patience is how long the guest may be asked to wait: until something else is due.
+func (r *run) patience() time.Duration {
+	wait := min(readWait, time.Until(r.deadline))
+	if !r.noteAt.IsZero() {
+		wait = min(wait, time.Until(r.noteAt))
+	}
+	if next := r.deadlines.nextWarning(); !next.IsZero() {
+		wait = min(wait, time.Until(next))
+	}
+	return max(wait, 10*time.Millisecond)
 }
 
 func sizeOf(out *guestclient.Output) int {
@@ -100,11 +116,7 @@ func (r *run) read(ctx context.Context) (*guestclient.Output, error) {
 	if err := r.relay(ctx); err != nil {
 		return nil, err
 	}
-	wait := min(readWait, time.Until(r.deadline))
-	if !r.noteAt.IsZero() {
-		wait = min(wait, time.Until(r.noteAt))
-	}
-	wait = max(wait, 10*time.Millisecond)
+	wait := r.patience()
 	ctx, stop := context.WithTimeoutCause(ctx, wait+answerTime, errNoAnswer)
 	defer stop()
 	if early := r.early; early != nil {
@@ -116,6 +128,9 @@ func (r *run) read(ctx context.Context) (*guestclient.Output, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
+	}
+	if r.discarding {
+		return r.guest.Discard(ctx, r.id, r.log.position(), wait)
 	}
 	return r.guest.Read(ctx, r.id, r.log.position(), readBytes, wait)
 }
@@ -138,6 +153,11 @@ func (r *run) append(ctx context.Context, out *guestclient.Output) error {
 			data = data[n:]
 		}
 	}
+	return r.write(ctx, entries)
+}
+
+// put is append with entries that may go into the log.
+func (r *run) put(ctx context.Context, entries []eventlog.Entry) error {
 	return r.persist(ctx, "append output", func() error {
 		err := r.log.Append(time.Now(), entries...)
 		if err == nil {

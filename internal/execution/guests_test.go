@@ -62,7 +62,7 @@ func TestSpareLogs(t *testing.T) {
 	}
 	taken := make(map[string]bool)
 	for range spareLogs + 2 { // more than there are: the rest is made
-		h, err := s.logs.create("id"+string(rune('a'+len(taken))), 1<<20)
+		h, err := s.logs.create(Execution{ID: "id" + string(rune('a'+len(taken))), RetainedBytes: 1 << 20})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -2,6 +2,7 @@ package execution_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -164,6 +165,49 @@ func (m *memory) DeleteExecution(_ context.Context, id string) error {
 	})
 }
 
+func (m *memory) CountEnded(context.Context) (sum execution.Stored, err error) {
+	err = m.do("count", execution.Execution{}, func() error {
+		for _, e := range m.records {
+			if e.State == execution.Ended {
+				sum.Executions++
+				sum.Bytes += e.LogBytes
+			}
+		}
+		return nil
+	})
+	return sum, err
+}
+
+func (m *memory) ListEnded(_ context.Context, q execution.KeptQuery) (page []execution.Kept, err error) {
+	order := func(a, b execution.Kept) int { return cmp.Or(a.Time.Compare(b.Time), strings.Compare(a.ID, b.ID)) }
+	err = m.do("list ended", execution.Execution{}, func() error {
+		for _, e := range m.records {
+			k := execution.Kept{ID: e.ID, LogBytes: e.LogBytes, Time: e.EndTime}
+			if q.Expired {
+				k.Time = e.EndTime.Add(e.Policies.Retention)
+			}
+			if e.State == execution.Ended && k.Time.Before(q.Before) && order(k, q.After) > 0 && (!q.Expired || e.Policies.Retention > 0) {
+				page = append(page, k)
+			}
+		}
+		slices.SortFunc(page, order)
+		page = page[:min(len(page), q.Limit)]
+		return nil
+	})
+	return page, err
+}
+
+func (m *memory) DeleteEnded(_ context.Context, ids []string) error {
+	return m.do("delete ended", execution.Execution{}, func() error {
+		for _, id := range ids {
+			if m.records[id].State == execution.Ended {
+				delete(m.records, id)
+			}
+		}
+		return nil
+	})
+}
+
 func (m *memory) Sync(ctx context.Context) error {
 	return m.do("sync", execution.Execution{}, func() error { return context.Cause(ctx) })
 }
@@ -190,6 +234,9 @@ type sessions struct {
 	mu      sync.Mutex
 	running map[string]engine.Sandbox
 	hook    func() // called before Sandbox answers
+	// lifetime of all of them, and when it ends; 0 is one that does not matter.
+	lifetime time.Duration
+	expires  time.Time
 }
 
 func (s *sessions) Sandbox(_ context.Context, id string) (engine.Sandbox, error) {
@@ -202,6 +249,12 @@ func (s *sessions) Sandbox(_ context.Context, id string) (engine.Sandbox, error)
 		return sb, nil
 	}
 	return nil, fault.New(fault.FailedPrecondition, "SESSION_NOT_RUNNING", "session %q has ended", id)
+}
+
+func (s *sessions) Expiry(context.Context, string) (time.Time, time.Duration, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.expires, s.lifetime, nil
 }
 
 func (s *sessions) end(id string) {
@@ -219,6 +272,7 @@ type rig struct {
 	store    execution.Store
 	memory   *memory // nil with a real store
 	sessions *sessions
+	config   func(*execution.Config) // changes that of the Services that are opened
 	dir      string
 	log      *lockedBuffer
 	// pool and admission are the Config's.
@@ -262,11 +316,15 @@ func scripted(s enginefake.Script) enginefake.Config {
 // open makes a Service; it is closed at the end of the test.
 func (r *rig) open() {
 	r.t.Helper()
-	s, err := execution.New(execution.Config{
+	cfg := execution.Config{
 		Engine: r.engine, Store: r.store, Sessions: r.sessions, Dir: r.dir, Pool: r.pool, Admission: r.admission,
 		DefaultRetainedBytes: 64 << 20, MaxRetainedBytes: 1 << 30,
 		Logger: slog.New(slog.NewTextHandler(r.log, nil)),
-	})
+	}
+	if r.config != nil {
+		r.config(&cfg)
+	}
+	s, err := execution.New(cfg)
 	if err != nil {
 		r.t.Fatal(err)
 	}

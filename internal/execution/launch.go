@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"strings"
 	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
@@ -107,20 +106,22 @@ func (r *run) start(ctx context.Context, command Command) *Result {
 		if !ok {
 			return noInterpreter(command, missing)
 		}
-		err := r.ask(ctx, func(ctx context.Context) error {
-			_, early, err := r.guest.StartRead(ctx, request, readBytes, noteAfter)
-			r.early = early
+		asked := time.Now()
+		var answer *guestv1.StartResponse
+		err := r.ask(ctx, func(ctx context.Context) (err error) {
+			answer, r.early, err = r.guest.StartRead(ctx, request, readBytes, noteAfter)
 			return err
 		})
 		switch kind := guestclient.KindOf(err); {
 		case err == nil:
-			r.running(time.Now(), command)
+			now := time.Now()
+			r.running(ctx, now, startedBetween(asked, now, answer.GetStartMicros()), command)
 			return nil
 		case errors.Is(err, wire.ErrUnsendable):
 			return startFailed("refused", err)
 		case kind == guestv1.Error_KIND_UNSPECIFIED:
 			return r.lost(ctx, err)
-		case kind == guestv1.Error_KIND_NO_SUCH_PROGRAM && len(command.Args) == 0 && !isWorkingDirectory(err):
+		case kind == guestv1.Error_KIND_NO_SUCH_PROGRAM && len(command.Args) == 0:
 			missing = err // its interpreter may have another name
 		default:
 			return startFailed(kindName(kind), err)
@@ -128,16 +129,25 @@ func (r *run) start(ctx context.Context, command Command) *Result {
 	}
 }
 
-// isWorkingDirectory tells a missing directory from a missing program.
-func isWorkingDirectory(err error) bool { return strings.Contains(err.Error(), "working directory") }
+// startedBetween is when a program was started that the guest was asked for and that runs
+// now. The guest measured what it took; how long the request was under way is not known,
+// so this is the earliest that can be. An answer that comes late, on a machine that has
+// too much to do, does not make the start late.
+func startedBetween(asked, now time.Time, took uint64) time.Time {
+	if at := asked.Add(micros(took)); at.Before(now) {
+		return at
+	}
+	return now
+}
 
-func (r *run) running(now time.Time, command Command) {
-	r.begun, r.times.Started = true, now
+func (r *run) running(ctx context.Context, now, started time.Time, command Command) {
+	r.begun, r.times.Started = true, started
+	r.foresee(ctx, started)
 	r.noteAt = now.Add(noteAfter)
 	r.deadline = now.Add(command.Timeout + *command.GracePeriod + guestSlack)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.record.StartTime = now
+	r.record.StartTime = started
 	r.record.State = max(r.record.State, Running)
 }
 

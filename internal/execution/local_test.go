@@ -184,7 +184,7 @@ func TestLocal(t *testing.T) {
 			}
 		}},
 		"no directory": {execution.Request{Command: execution.Command{Language: execution.Python, Source: "1", WorkingDirectory: "/no/such"}}, "", execution.StartFailed, func(t *testing.T, got told) {
-			if got.result.Evidence["kind"] != "not_found" || !strings.Contains(got.result.Detail, "/no/such") {
+			if got.result.Evidence["kind"] != "no_working_directory" || !strings.Contains(got.result.Detail, "/no/such") {
 				t.Errorf("%+v", got.result)
 			}
 		}},

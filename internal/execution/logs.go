@@ -25,6 +25,8 @@ const (
 	kindStarted = eventlog.KindOutput + 1
 	// kindResult ends it; its data is the Result as JSON.
 	kindResult = eventlog.KindOutput + 2
+	// kindWarning tells of a deadline; its data is the Warning as JSON.
+	kindWarning = eventlog.KindOutput + 3
 )
 
 // logs keeps the event logs that are in use open, each once, however many read it.
@@ -64,8 +66,8 @@ func newLogs(dir string) *logs { return &logs{dir: dir, opened: make(map[string]
 func (l *logs) path(id string) string { return filepath.Join(l.dir, id) }
 
 // create makes the log of a new execution.
-func (l *logs) create(id string, retained int64) (*logHandle, error) {
-	cfg := eventlog.Config{Dir: l.path(id), RetainedBytes: retained}
+func (l *logs) create(e Execution) (*logHandle, error) {
+	id, cfg := e.ID, l.config(e)
 	if log := l.takeSpare(); log != nil {
 		if log.Move(cfg) == nil {
 			return l.keep(id, log), nil
@@ -153,12 +155,29 @@ func (l *logs) open(id string) (*logHandle, error) {
 }
 
 // openToWrite opens the log of an execution that goes on.
-func (l *logs) openToWrite(id string, retained int64) (*logHandle, error) {
-	log, err := eventlog.Open(eventlog.Config{Dir: l.path(id), RetainedBytes: retained})
+func (l *logs) openToWrite(e Execution) (*logHandle, error) {
+	log, err := eventlog.Open(l.config(e))
 	if err != nil {
 		return nil, err
 	}
-	return l.keep(id, log), nil
+	return l.keep(e.ID, log), nil
+}
+
+// config is how an execution's log is written. Only where the oldest output may be
+// dropped at any time does the log do that by itself.
+func (l *logs) config(e Execution) eventlog.Config {
+	return eventlog.Config{
+		Dir: l.path(e.ID), RetainedBytes: e.RetainedBytes,
+		DropNothing: e.Policies.OnLimit == Block || e.Policies.OnLimit == Kill,
+	}
+}
+
+// inUse says whether somebody has a log open.
+func (l *logs) inUse(id string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, ok := l.opened[id]
+	return ok
 }
 
 func (l *logs) keep(id string, log *eventlog.Log) *logHandle {

@@ -23,6 +23,9 @@ func (s *Service) Recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read unfinished executions: %w", err)
 	}
+	if err := s.countStored(ctx); err != nil {
+		return err
+	}
 	// All are known before the first goes on: what a guest holds that is not known is
 	// taken for a leftover.
 	var resume []func()
@@ -39,6 +42,7 @@ func (s *Service) Recover(ctx context.Context) error {
 	for _, f := range resume {
 		s.work.Go(f)
 	}
+	defer s.beginCollecting(ctx)
 	return s.logs.strays(func(id string) (bool, error) {
 		_, err := s.cfg.Store.GetExecution(ctx, id)
 		if fault.KindOf(err) == fault.NotFound {
@@ -50,7 +54,7 @@ func (s *Service) Recover(ctx context.Context) error {
 
 // recover makes the run of an unfinished execution and registers it.
 func (s *Service) recover(ctx context.Context, e Execution) (context.Context, *run, error) {
-	handle, err := s.logs.openToWrite(e.ID, e.RetainedBytes)
+	handle, err := s.logs.openToWrite(e)
 	if errors.Is(err, eventlog.ErrNoLog) {
 		// The log is gone or beyond repair: what happens from here on goes into a new
 		// one, whose epoch tells watchers. Any other error may pass, and what lies there
@@ -73,6 +77,7 @@ func (s *Service) recover(ctx context.Context, e Execution) (context.Context, *r
 	e.Epoch = handle.Epoch()
 	runCtx, r := newRun(s, e, handle, nil)
 	r.slot = s.cfg.Admission.Occupy(needOf(e))
+	r.attendIfAsked(runCtx)
 	r.resumed, r.begun, r.times.Started = true, e.State > Starting, e.StartTime
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -84,7 +89,7 @@ func (s *Service) renewLog(e Execution) (*logHandle, error) {
 	if err := s.logs.remove(e.ID); err != nil {
 		return nil, err
 	}
-	return s.logs.create(e.ID, e.RetainedBytes)
+	return s.logs.create(e)
 }
 
 // resume leads an execution to its end that another executord began.
@@ -161,20 +166,31 @@ func (r *run) find(ctx context.Context) *Result {
 	// How long it has run is the guest's to know; it is given the whole time once more
 	// before the guest is doubted.
 	r.deadline = time.Now().Add(command.Timeout + *command.GracePeriod + guestSlack)
+	r.foresee(ctx, latest(r.record.StartTime, r.record.CreateTime))
 	return nil
 }
 
-// look opens the sandbox. An engine that has troubles of its own is given a while.
+// look opens the sandbox. Only an engine that says that there is none is believed; one
+// that has troubles of its own is asked again, for as long as they last. The command is
+// in the care of its guest meanwhile, which also keeps its timeout.
 func (r *run) look(ctx context.Context) (engine.Sandbox, error) {
-	for since := time.Now(); ; {
+	wait := guestRetry
+	for n := 1; ; n++ {
 		bounded, cancel := context.WithTimeoutCause(ctx, unreachable, fmt.Errorf("no answer within %v", unreachable))
 		sandbox, err := r.service.cfg.Engine.Open(bounded, r.record.Sandbox)
 		cancel()
 		if err == nil {
 			return sandbox, nil
 		}
-		if fault.KindOf(err) == fault.NotFound || time.Since(since) >= unreachable || !pause(ctx, guestRetry) {
+		if fault.KindOf(err) == fault.NotFound {
 			return nil, err
 		}
+		if n&(n-1) == 0 && ctx.Err() == nil { // ever more rarely
+			r.service.log.ErrorContext(ctx, "cannot open a sandbox, trying again", "execution", r.id, "sandbox", r.record.Sandbox, "tries", n, "error", err)
+		}
+		if !pause(ctx, wait) {
+			return nil, err
+		}
+		wait = min(2*wait, lookRetry)
 	}
 }

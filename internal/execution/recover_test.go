@@ -450,7 +450,8 @@ func guestForgot(t *testing.T, script enginefake.Script) {
 }
 
 // TestInterruptedRecovery is ordered to stop, and closed, while the engine does not
-// say where the sandbox is.
+// say where the sandbox is. A command is not said to have ended while nobody knows: the
+// order is carried out when the engine can be asked again.
 func TestInterruptedRecovery(t *testing.T) {
 	for _, closing := range []bool{false, true} {
 		bubble(t, func(t *testing.T) {
@@ -472,7 +473,14 @@ func TestInterruptedRecovery(t *testing.T) {
 			r.restart()
 			time.Sleep(time.Second)
 			if !closing {
-				if e := r.cancel(ref, 0); e.Result.Reason != execution.Cancelled || e.Result.TreeEmpty {
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+				defer cancel()
+				e, err := r.Cancel(ctx, ref, execution.Cancellation{Grace: ptr(time.Duration(0)), By: "me"})
+				if !errors.Is(err, context.DeadlineExceeded) || e.State != execution.Stopping {
+					t.Errorf("%v, state %d", err, e.State)
+				}
+				broken.Store(false)
+				if e := r.wait(ref); e.Result.Reason != execution.Cancelled || e.Result.CancelledBy != "me" || !e.Result.TreeEmpty {
 					t.Errorf("%+v", e.Result)
 				}
 				return
@@ -558,13 +566,13 @@ func TestRecoverFails(t *testing.T) {
 	}
 }
 
-// TestEngineFailsAtRecovery gives an engine in trouble a while, and a sandbox that
-// stays out of reach up.
+// TestEngineFailsAtRecovery waits for an engine in trouble, as long as that takes: only
+// one that says so has lost a sandbox.
 func TestEngineFailsAtRecovery(t *testing.T) {
 	for name, test := range map[string]struct {
 		broken time.Duration
 		want   execution.Reason
-	}{"for a while": {10 * time.Second, execution.Exited}, "for good": {time.Hour, execution.SandboxLost}} {
+	}{"for a while": {10 * time.Second, execution.Exited}, "for long": {time.Hour, execution.Exited}, "and has lost it": {10 * time.Minute, execution.SandboxLost}} {
 		t.Run(name, func(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				var until atomic.Int64
@@ -581,10 +589,17 @@ func TestEngineFailsAtRecovery(t *testing.T) {
 				})
 				ref := r.start(execution.Request{})
 				time.Sleep(time.Second)
-				until.Store(time.Now().Add(test.broken).UnixNano())
+				begin := time.Now()
+				until.Store(begin.Add(test.broken).UnixNano())
 				r.restart()
+				if took := time.Since(begin); took > time.Second {
+					t.Errorf("the start took %v", took)
+				}
+				if test.want == execution.SandboxLost {
+					r.fake.Die("e-" + ref.ID)
+				}
 				e := r.wait(ref)
-				if e.Result.Reason != test.want || e.Result.TreeEmpty != (test.want == execution.Exited) {
+				if e.Result.Reason != test.want || !e.Result.TreeEmpty || e.EndTime.After(begin.Add(test.broken+2*time.Minute)) {
 					t.Errorf("%+v", e.Result)
 				}
 				if test.want == execution.SandboxLost {

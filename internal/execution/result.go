@@ -3,6 +3,7 @@ package execution
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -47,6 +48,7 @@ func (r *run) exited(ctx context.Context, exit *guestv1.Exit) *Result {
 		res.Usage.PeakMemoryBytes = used.PeakMemoryBytes
 	}
 	r.attest(res, used)
+	r.attestOutput(res, exit)
 	r.decide(res, exit, used.OOMKills)
 	if res.Reason != Exited && res.Reason != Signaled && r.session == "" {
 		// The guest says that the tree is empty; for an end that was forced the engine
@@ -76,10 +78,14 @@ func (r *run) clock(res *Result, exit *guestv1.Exit) {
 		}
 	}
 	if exit.FirstOutputMicros != nil {
-		r.times.FirstOutput = r.times.Started.Add(micros(exit.GetFirstOutputMicros()))
-		if r.times.FirstOutput.After(res.Times.Ended) {
-			r.times.FirstOutput = res.Times.Ended
+		first := r.times.Started.Add(micros(exit.GetFirstOutputMicros()))
+		if read := r.times.FirstOutput; !read.IsZero() && first.After(read) {
+			first = read // it was there by then
 		}
+		if first.After(res.Times.Ended) {
+			first = res.Times.Ended
+		}
+		r.times.FirstOutput = latest(first, r.times.Started)
 	}
 }
 
@@ -145,6 +151,12 @@ func (r *run) decide(res *Result, exit *guestv1.Exit, oomKills int64) {
 	case cause == guestv1.StopCause_STOP_CAUSE_TIMEOUT:
 		res.Reason = TimedOut
 		res.Detail = fmt.Sprintf("ran longer than its timeout of %v", r.record.Command.Timeout)
+	case cause == guestv1.StopCause_STOP_CAUSE_IDLE:
+		res.Reason = IdleTimedOut
+		res.Detail = fmt.Sprintf("was idle for its idle timeout of %v: no output, no input, no use of the processor", r.record.Command.IdleTimeout)
+		res.Evidence["idle_timeout_ms"] = strconv.FormatInt(r.record.Command.IdleTimeout.Milliseconds(), 10)
+	case order != nil && order.reason == OutputLimit:
+		stopped(order, res) // it ended by itself meanwhile, but not all that it wrote is kept
 	case oomKills > 0 && killedHere(res):
 		res.Reason = OOMKilled
 		res.Detail = fmt.Sprintf("the kernel killed it: its sandbox used up its memory limit of %d bytes", r.record.Limits.MemoryBytes)
@@ -171,6 +183,10 @@ func killedHere(res *Result) bool {
 // stopped gives a result the reason of an order.
 func stopped(o *stopOrder, res *Result) *Result {
 	res.Reason, res.CancelledBy, res.Detail = o.reason, o.by, o.detail
+	if len(o.evidence) > 0 && res.Evidence == nil {
+		res.Evidence = make(map[string]string, len(o.evidence))
+	}
+	maps.Copy(res.Evidence, o.evidence)
 	return res
 }
 
@@ -200,6 +216,7 @@ func (r *run) lost(ctx context.Context, cause error) *Result {
 	}
 	used := r.usage(ctx)
 	r.attest(res, used)
+	r.attestOutput(res, nil)
 	if r.session == "" {
 		res.Usage = Usage{CPUUser: used.CPU, PeakMemoryBytes: used.PeakMemoryBytes}
 	}
@@ -279,6 +296,8 @@ func kindName(k guestv1.Error_Kind) string {
 		return "not_found"
 	case guestv1.Error_KIND_NOT_EXECUTABLE:
 		return "not_executable"
+	case guestv1.Error_KIND_NO_WORKING_DIRECTORY:
+		return "no_working_directory"
 	case guestv1.Error_KIND_EXHAUSTED:
 		return "exhausted"
 	default:

@@ -247,11 +247,11 @@ func TestSecondNameOfAnInterpreter(t *testing.T) {
 
 // TestMissingWorkingDirectory is not taken for a missing interpreter.
 func TestMissingWorkingDirectory(t *testing.T) {
-	for _, message := range []string{`working directory "/nope": no such file or directory`, "make the working directory: read-only file system"} {
+	for _, message := range []string{`working directory "/nope": no such file or directory`, "anything else"} {
 		bubble(t, func(t *testing.T) {
-			r := newRig(t, scripted(enginefake.Script{Refuse: enginefake.Refusal(guestv1.Error_KIND_NO_SUCH_PROGRAM, message)}))
+			r := newRig(t, scripted(enginefake.Script{Refuse: enginefake.Refusal(guestv1.Error_KIND_NO_WORKING_DIRECTORY, message)}))
 			res := r.run(execution.Request{Command: execution.Command{Language: execution.Python, Source: "1", WorkingDirectory: "/nope"}})
-			if res.Reason != execution.StartFailed || res.Detail != message || res.Evidence["kind"] != "not_found" {
+			if res.Reason != execution.StartFailed || res.Detail != message || res.Evidence["kind"] != "no_working_directory" {
 				t.Errorf("%+v", res)
 			}
 		})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/harvest-run/executord/internal/admission"
@@ -24,6 +25,8 @@ const (
 	unreachable = 30 * time.Second
 	// guestRetry lies between two attempts to reach a guest.
 	guestRetry = 100 * time.Millisecond
+	// lookRetry is the longest time between two attempts to open a sandbox.
+	lookRetry = 5 * time.Second
 	// sandboxTime bounds the making and the ending of a sandbox.
 	sandboxTime = 2 * time.Minute
 	// closeTime is how long a start goes on when the Service is closed.
@@ -51,6 +54,9 @@ type run struct {
 	left    chan struct{}           // closed when the leading goroutine is through
 	slot    *admission.Slot         // given back when it leaves
 
+	audience *audience
+	blocked  atomic.Bool // it waits for watchers to read on
+
 	// Owned by the leading goroutine.
 	sandbox  engine.Sandbox
 	guest    *guest
@@ -64,6 +70,10 @@ type run struct {
 	told     bool               // the guest has confirmed an order to stop
 	noteAt   time.Time          // when to tell the store that it runs; zero: not any more
 	early    *guestclient.Early // the first read, if it was sent with the start
+	// over: nobody is left to write output. discarding: its output is not kept any more.
+	over, discarding bool
+	unkept           uint64 // bytes that were read and had no room
+	deadlines        deadlines
 
 	mu        sync.Mutex
 	record    Execution  // without what result tells
@@ -80,6 +90,8 @@ type stopOrder struct {
 	grace  *time.Duration // nil for the command's own
 	by     string
 	detail string
+	// evidence is added to that of the result.
+	evidence map[string]string
 }
 
 var (
@@ -97,10 +109,20 @@ var (
 // request that it came from.
 func newRun(s *Service, e Execution, log *logHandle, sandbox engine.Sandbox) (context.Context, *run) {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	return ctx, &run{
+	r := &run{
 		service: s, id: e.ID, session: e.Session, log: log, sandbox: sandbox, record: e,
 		cancel: cancel, done: make(chan struct{}), left: make(chan struct{}),
 		times: Times{Queued: e.CreateTime},
+	}
+	r.audience = newAudience(r.readOn)
+	return ctx, r
+}
+
+// attendIfAsked begins to watch the watchers, where the detach policy makes something of
+// that. The caller keeps the Service from being closed meanwhile.
+func (r *run) attendIfAsked(ctx context.Context) {
+	if r.record.Policies.Detach == CancelDetached && r.record.Policies.DetachGrace != nil {
+		r.service.work.Go(func() { r.attend(ctx) })
 	}
 }
 
@@ -129,7 +151,7 @@ func (r *run) snapshot() Execution {
 	defer r.mu.Unlock()
 	e := r.record
 	if r.result != nil && r.log.Sealed() {
-		e.State, e.Result = Ended, r.result
+		e.State, e.Result, e.LogBytes = Ended, r.result, r.log.Size()
 		e.StartTime, e.EndTime = r.result.Times.Started, r.result.Times.Ended
 	}
 	e.Sequence = r.log.Sequence()
@@ -271,6 +293,9 @@ func (r *run) settle(ctx context.Context) {
 	err := r.persist(ctx, "record the end", func() error { return r.update(ctx, final) })
 	if err == nil || errors.Is(err, errFinal) {
 		r.service.dismiss(r)
+		if err == nil {
+			r.service.keep(1, final.LogBytes)
+		}
 		close(r.done)
 		if observer := r.service.cfg.Observer; observer != nil {
 			observer.Ended(final)

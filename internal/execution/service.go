@@ -22,6 +22,8 @@ type Sessions interface {
 	// Sandbox returns the running sandbox of a session. Faults: NotFound
 	// (SESSION_NOT_FOUND), FailedPrecondition (SESSION_NOT_RUNNING).
 	Sandbox(ctx context.Context, sessionID string) (engine.Sandbox, error)
+	// Expiry returns when the lifetime of a session ends, and how long it is as a whole.
+	Expiry(ctx context.Context, sessionID string) (time.Time, time.Duration, error)
 }
 
 // Pool has sandboxes that are ready.
@@ -46,6 +48,10 @@ type Config struct {
 	// MaxRetainedBytes what it may ask for.
 	DefaultRetainedBytes int64
 	MaxRetainedBytes     int64
+	Retention            Retention
+	// CheckRoom returns a fault while the disk has no room for new work; nil tries all
+	// the same.
+	CheckRoom func() error
 	// Observer is told of executions; nil if nobody wants to know.
 	Observer Observer
 	Logger   *slog.Logger
@@ -59,6 +65,7 @@ type Service struct {
 	guests *guests
 	// requests keeps repeats of a request apart that come at the same time.
 	requests idempotency.Requests
+	stored   stored
 
 	mu       sync.Mutex
 	runs     map[string]*run
@@ -84,7 +91,10 @@ type Request struct {
 	Limits engine.Limits
 	// RetainedBytes bounds the log; 0 for the default.
 	RetainedBytes int64
-	Labels        map[string]string
+	Policies      Policies
+	// Attended says that the caller is about to watch, and counts as a watcher until then.
+	Attended bool
+	Labels   map[string]string
 	// Key is the name of the request, with which it can be repeated.
 	Key idempotency.Key
 }
@@ -118,7 +128,7 @@ func New(cfg Config) (*Service, error) {
 	return &Service{
 		cfg: cfg, log: cfg.Logger, logs: logs, guests: newGuests(),
 		requests: idempotency.Requests{Store: cfg.Store},
-		runs:     make(map[string]*run), idle: idle,
+		runs:     make(map[string]*run), idle: idle, stored: stored{over: make(chan struct{}, 1)},
 	}, nil
 }
 
@@ -137,8 +147,13 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	if earlier != "" {
 		return s.get(ctx, earlier)
 	}
-	if err := r.Command.Validate(); err != nil {
+	if err := errors.Join(r.Command.Validate(), r.Policies.Validate()); err != nil {
 		return Execution{}, err
+	}
+	if check := s.cfg.CheckRoom; check != nil {
+		if err := check(); err != nil {
+			return Execution{}, err
+		}
 	}
 	e, sandbox, err := s.plan(ctx, r)
 	if err != nil {
@@ -156,7 +171,7 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	}()
 	command := r.Command.withDefaults()
 	e.Command = command.Stored()
-	handle, err := s.logs.create(e.ID, e.RetainedBytes)
+	handle, err := s.logs.create(e)
 	if err != nil {
 		return Execution{}, fmt.Errorf("make the event log of %s: %w", e.ID, diskFault(err))
 	}
@@ -180,6 +195,10 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 		run.forget()
 		return Execution{}, err
 	}
+	if r.Attended {
+		run.audience.expect()
+	}
+	run.attendIfAsked(runCtx)
 	s.work.Go(func() { run.begin(runCtx, command) })
 	// While the sandbox is at work the disk is too. Nobody is told of the execution
 	// before its record is safe from a power cut. A caller who leaves meanwhile leaves an
@@ -218,6 +237,7 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 	e := Execution{
 		ID: newID(now), Session: r.Session, Labels: r.Labels,
 		Engine: s.cfg.Engine.Name(), State: Starting, CreateTime: now, RetainedBytes: r.RetainedBytes,
+		Policies: r.Policies.withDefaults(s.cfg.Retention.MaxAge),
 	}
 	if e.RetainedBytes < 0 {
 		return e, nil, fault.InvalidField("RETAINED_BYTES", "output_policy.retained_bytes", "%d is negative", e.RetainedBytes)
@@ -436,6 +456,7 @@ func (s *Service) Delete(ctx context.Context, ref Ref, key idempotency.Key) erro
 	if err != nil {
 		return err
 	}
+	s.keep(-1, -e.LogBytes)
 	// After the record: a log without one is removed at the next start.
 	return s.logs.remove(ref.ID)
 }
@@ -532,6 +553,7 @@ func (s *Service) Close() error {
 	for _, r := range s.all(func(*run) bool { return true }) {
 		r.cancel(ErrClosed)
 	}
+	s.stored.stop()
 	s.work.Wait()
 	s.guests.close()
 	return s.logs.close()

@@ -58,6 +58,7 @@ func TestLife(t *testing.T) {
 				Timeout: execution.DefaultTimeout, GracePeriod: ptr(execution.DefaultGracePeriod),
 			},
 			Limits: engine.Limits{MemoryBytes: 1 << 30, PIDs: 7}, RetainedBytes: 1 << 20, Labels: map[string]string{"k": "v"},
+			Policies: execution.Policies{OnLimit: execution.DropOldest, Detach: execution.KeepRunning},
 		}
 		if diff := cmp.Diff(want, e); diff != "" || e.Epoch == "" || len(e.ID) != 26 {
 			t.Errorf("id %q, epoch %q (-want +got):\n%s", e.ID, e.Epoch, diff)

@@ -20,7 +20,7 @@ type Store interface {
 	// a fault AlreadyExists (REQUEST_ID_REUSED) if the request's name is taken.
 	InsertExecutionOnce(ctx context.Context, key idempotency.Key, e Execution) error
 	// UpdateExecution replaces what can change in a life: State, Result, Engine,
-	// Sandbox, Limits, Epoch, Sequence, StartTime, EndTime. A fault NotFound if there
+	// Sandbox, Limits, Epoch, Sequence, LogBytes, Warned, StartTime, EndTime. A fault NotFound if there
 	// is no such execution.
 	UpdateExecution(ctx context.Context, e Execution) error
 	// GetExecution reads one; a fault NotFound (EXECUTION_NOT_FOUND) if there is none.
@@ -38,6 +38,13 @@ type Store interface {
 	// DeleteExecutionOnce is DeleteExecution, and records the request for it or does
 	// neither; a fault AlreadyExists (REQUEST_ID_REUSED) if the request's name is taken.
 	DeleteExecutionOnce(ctx context.Context, key idempotency.Key, id string) error
+	// CountEnded sums up those that have ended.
+	CountEnded(ctx context.Context) (Stored, error)
+	// ListEnded reads a page of those that have ended, the oldest first.
+	ListEnded(ctx context.Context, q KeptQuery) ([]Kept, error)
+	// DeleteEnded removes all of these that there are, at once. One that has not ended
+	// is left.
+	DeleteEnded(ctx context.Context, ids []string) error
 }
 
 // Query chooses executions for a page.

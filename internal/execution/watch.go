@@ -17,14 +17,15 @@ type Cursor struct {
 	Sequence uint64
 }
 
-// Event is one entry of a log or a Gap. One of Started, Output, Gap and Result is set;
-// none for an entry that a later executord wrote, of which only the place is known.
+// Event is one entry of a log or a Gap. One of Started, Output, Gap, Warning and Result
+// is set; none for an entry that a later executord wrote, of which only the place is known.
 type Event struct {
 	Cursor  Cursor
 	Time    time.Time
 	Started *Started
 	Output  *Output
 	Gap     *Gap
+	Warning *Warning
 	Result  *Result
 }
 
@@ -68,6 +69,7 @@ const (
 type Watcher struct {
 	service *Service
 	ref     Ref
+	run     *run // whose audience it belongs to; nil if that had ended
 	log     *logHandle
 	reader  *eventlog.Reader
 	cursor  Cursor
@@ -96,6 +98,10 @@ func (s *Service) Watch(ctx context.Context, ref Ref, after *Cursor) (*Watcher, 
 		w.cursor.Sequence = after.Sequence
 	}
 	w.reader = handle.NewReader(w.cursor.Sequence)
+	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
+		w.run = r
+		r.audience.join(w, w.cursor.Sequence)
+	}
 	return w, nil
 }
 
@@ -103,6 +109,9 @@ func (s *Service) Watch(ctx context.Context, ref Ref, after *Cursor) (*Watcher, 
 // ErrClosed when the Service is closed; ctx's cause when ctx ends, after which Next
 // may be called again.
 func (w *Watcher) Next(ctx context.Context) (Event, error) {
+	if w.run != nil && w.run.record.Policies.OnLimit == Block {
+		w.run.audience.through(w, w.cursor.Sequence)
+	}
 	if w.first != nil {
 		e := *w.first
 		w.first = nil
@@ -128,6 +137,8 @@ func (w *Watcher) Next(ctx context.Context) (Event, error) {
 		e.Output = &Output{Stream: streamName(rec.Stream), Offset: rec.Offset, Data: rec.Data}
 	case rec.Kind == kindStarted:
 		e.Started = &Started{Execution: w.ref}
+	case rec.Kind == kindWarning:
+		e.Warning = decodeWarning(rec.Data) // one in a form of later days is an entry like other unknown ones
 	case rec.Kind == kindResult:
 		if e.Result, err = decodeResult(rec.Data); err != nil {
 			return w.storedResult(ctx, rec.Sequence)
@@ -161,6 +172,9 @@ func (w *Watcher) LastEventTime() time.Time { return w.log.LastTime() }
 func (w *Watcher) Close() {
 	if !w.closed {
 		w.closed = true
+		if w.run != nil {
+			w.run.audience.leave(w)
+		}
 		_ = w.reader.Close() // of what was only read
 		w.log.release()
 	}
