@@ -36,6 +36,13 @@ type ServerInfo struct {
 	Pool pool.Stats
 	// Admission is how much runs, waits and may.
 	Admission admission.Stats
+	// StoredExecutions have ended and are kept; StoredBytes is what all logs take.
+	StoredExecutions int64
+	StoredBytes      int64
+	// FreeBytes is what is free under the state directory; 0 if that is not known.
+	FreeBytes int64
+	// DiskFull is true while new work is refused for that.
+	DiskFull bool
 }
 
 // EngineInfo describes one engine.
@@ -70,7 +77,11 @@ func (s *adminService) GetServerInfo(ctx context.Context, _ *executorv1.GetServe
 		WarmPool: &executorv1.WarmPool{
 			Size: int64(info.Pool.Size), Ready: int64(info.Pool.Ready), Hits: info.Pool.Hits, Misses: info.Pool.Misses,
 		},
-		Admission: admissionProto(info.Admission),
+		Admission:        admissionProto(info.Admission),
+		StoredExecutions: info.StoredExecutions,
+		StoredBytes:      info.StoredBytes,
+		FreeBytes:        info.FreeBytes,
+		DiskFull:         info.DiskFull,
 	}
 	for _, e := range info.Engines {
 		described := &executorv1.Engine{Name: e.Name, Isolation: e.Isolation, Sandboxes: int64(e.Sandboxes)}

@@ -24,7 +24,8 @@ func executionProto(e execution.Execution) *executorv1.Execution {
 		Engine:       e.Engine,
 		Sandbox:      e.Sandbox,
 		Limits:       limitsProto(e.Limits),
-		OutputPolicy: &executorv1.OutputPolicy{RetainedBytes: e.RetainedBytes},
+		OutputPolicy: outputPolicyProto(e),
+		DetachPolicy: detachPolicyProto(e.Policies),
 		CreateTime:   timestamp(e.CreateTime),
 		StartTime:    timestamp(e.StartTime),
 		EndTime:      timestamp(e.EndTime),
@@ -75,6 +76,9 @@ func commandProto(c execution.Command) *executorv1.Command {
 	}
 	if c.GracePeriod != nil {
 		converted.GracePeriod = durationpb.New(*c.GracePeriod)
+	}
+	if c.IdleTimeout > 0 {
+		converted.IdleTimeout = durationpb.New(c.IdleTimeout)
 	}
 	return converted
 }
@@ -197,6 +201,8 @@ func eventProto(e execution.Event) *executorv1.Event {
 			})
 		}
 		converted.Kind = &executorv1.Event_Gap{Gap: gap}
+	case e.Warning != nil:
+		converted.Kind = &executorv1.Event_DeadlineWarning{DeadlineWarning: warningProto(e.Warning)}
 	case e.Result != nil:
 		converted.Kind = &executorv1.Event_Result{Result: resultProto(e.Result)}
 	}

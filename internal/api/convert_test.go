@@ -26,6 +26,7 @@ func TestEnums(t *testing.T) {
 	reasons := []execution.Reason{
 		execution.Exited, execution.Signaled, execution.TimedOut, execution.Cancelled, execution.OOMKilled,
 		execution.SessionEnded, execution.SandboxLost, execution.StartFailed, execution.Reason("DISK_FULL"), execution.ServerStopped,
+		execution.IdleTimedOut, execution.OutputLimit, execution.Abandoned,
 	}
 	outcomes := []execution.Outcome{
 		execution.Success, execution.Failure, execution.Timeout, execution.Crashed, execution.CancelledByAny,
@@ -113,9 +114,10 @@ func TestExecutionProto(t *testing.T) {
 		ID: "e1", Session: "s1",
 		Command: execution.Command{
 			Language: execution.Python, Source: "print()", Env: map[string]string{"TOKEN": "secret"},
-			WorkingDirectory: "/w", Timeout: time.Minute, GracePeriod: &grace,
+			WorkingDirectory: "/w", Timeout: time.Minute, GracePeriod: &grace, IdleTimeout: time.Hour,
 		},
 		Limits:        engine.Limits{MemoryBytes: 1, CPUMillis: 2, PIDs: 3},
+		Policies:      execution.Policies{OnLimit: execution.Block, Retention: time.Hour, Detach: execution.CancelDetached, DetachGrace: &grace},
 		RetainedBytes: 4, Labels: map[string]string{"a": "b"}, Engine: "local", Sandbox: "box",
 		State: execution.Ended, Epoch: "e", Sequence: 9,
 		CreateTime: at(1), StartTime: at(2), EndTime: at(3),
@@ -134,13 +136,15 @@ func TestExecutionProto(t *testing.T) {
 		Command: &executorv1.Command{
 			Code: &executorv1.Code{Language: executorv1.Language_LANGUAGE_PYTHON, Source: "print()"},
 			Env:  map[string]string{"TOKEN": ""}, WorkingDirectory: "/w",
-			Timeout: durationpb.New(time.Minute), GracePeriod: durationpb.New(0),
+			Timeout: durationpb.New(time.Minute), GracePeriod: durationpb.New(0), IdleTimeout: durationpb.New(time.Hour),
 		},
 		State: executorv1.Execution_STATE_ENDED, Engine: "local", Sandbox: "box",
 		Limits:       &executorv1.Limits{MemoryBytes: 1, CpuMillis: 2, Pids: 3},
-		OutputPolicy: &executorv1.OutputPolicy{RetainedBytes: 4}, Labels: map[string]string{"a": "b"},
-		Cursor:     &executorv1.Cursor{Epoch: "e", Sequence: 9},
-		CreateTime: stamp(1), StartTime: stamp(2), EndTime: stamp(3),
+		OutputPolicy: &executorv1.OutputPolicy{RetainedBytes: 4, OnLimit: executorv1.OutputPolicy_ON_LIMIT_BLOCK, Retention: durationpb.New(time.Hour)},
+		DetachPolicy: &executorv1.DetachPolicy{Mode: executorv1.DetachPolicy_MODE_CANCEL, Grace: durationpb.New(0)},
+		Labels:       map[string]string{"a": "b"},
+		Cursor:       &executorv1.Cursor{Epoch: "e", Sequence: 9},
+		CreateTime:   stamp(1), StartTime: stamp(2), EndTime: stamp(3),
 		Result: &executorv1.Result{
 			Reason: executorv1.Reason_REASON_EXITED, Outcome: executorv1.Outcome_OUTCOME_ERROR, ExitCode: &code,
 			Detail: "d", CancelledBy: "c",

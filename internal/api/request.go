@@ -17,6 +17,7 @@ type startRequest interface {
 	GetLimits() *executorv1.Limits
 	GetOutputPolicy() *executorv1.OutputPolicy
 	GetLabels() map[string]string
+	GetDetachPolicy() *executorv1.DetachPolicy
 }
 
 // newRequest turns a request into the domain's. What the rules of the protos cannot say
@@ -30,7 +31,12 @@ func newRequest(req startRequest) (execution.Request, error) {
 	if err != nil {
 		return execution.Request{}, err
 	}
+	policies, err := policiesOf(req.GetOutputPolicy(), req.GetDetachPolicy())
+	if err != nil {
+		return execution.Request{}, err
+	}
 	return execution.Request{
+		Policies:      policies,
 		Session:       session,
 		Command:       command,
 		Limits:        limitsOf(req.GetLimits()),
@@ -56,6 +62,9 @@ func newCommand(c *executorv1.Command) (execution.Command, error) {
 			return execution.Command{}, err
 		}
 		command.GracePeriod = &grace
+	}
+	if command.IdleTimeout, err = duration("command.idle_timeout", c.GetIdleTimeout()); err != nil {
+		return execution.Command{}, err
 	}
 	if code := c.GetCode(); code != nil {
 		if command.Language, err = languageOf(code.GetLanguage()); err != nil {

@@ -33,6 +33,7 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 		return err
 	}
 	request.Command.Trace = traceparent(stream.Context())
+	request.Attended = true
 	if request.Key, err = s.keys.of(stream.Context(), req); err != nil {
 		return err
 	}

@@ -45,6 +45,7 @@ func (a *app) adminInfo() *cobra.Command {
 			{"executions", fmt.Sprintf("%d running", info.GetRunningExecutions())},
 			{"sessions", fmt.Sprintf("%d running", info.GetRunningSessions())},
 			{"limits", formatLimits(info.GetDefaultLimits())},
+			{"stored", formatStored(info)},
 		}
 		if a := info.GetAdmission(); a != nil { // an older server does not tell
 			rows = append(rows, []string{"admission", fmt.Sprintf("%d of %d executions, %d of %d sandboxes, %d of %d waiting for at most %v",

@@ -111,6 +111,9 @@ func (f *follower) pump(ctx context.Context, s *client.Stream) error {
 		if g := e.GetGap(); g != nil {
 			f.tellGap(g)
 		}
+		if w := e.GetDeadlineWarning(); w != nil {
+			f.tellDeadline(w)
+		}
 		if err := to.event(e); err != nil {
 			return err
 		}

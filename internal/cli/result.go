@@ -20,7 +20,7 @@ func exitCode(r *executorv1.Result) int {
 			return exitSignal + int(r.GetSignal())
 		}
 		return exitOwn
-	case executorv1.Reason_REASON_TIMED_OUT:
+	case executorv1.Reason_REASON_TIMED_OUT, executorv1.Reason_REASON_IDLE_TIMED_OUT:
 		return exitTimeout
 	case executorv1.Reason_REASON_CANCELLED:
 		return exitLeft
@@ -30,7 +30,9 @@ func exitCode(r *executorv1.Result) int {
 		switch r.GetEvidence()["kind"] {
 		case "not_found", "no_interpreter":
 			return exitAbsent
-		case "not_executable":
+		case "not_executable", "no_working_directory":
+			// As docker has it: what is there cannot be run. 127 is for a program that is
+			// not found.
 			return exitNoExec
 		}
 		return exitOwn
@@ -75,6 +77,12 @@ func ending(r *executorv1.Result, timeout time.Duration) string {
 		text = "the server's disk is full"
 	case executorv1.Reason_REASON_SERVER_STOPPED:
 		text = "the server was stopped"
+	case executorv1.Reason_REASON_IDLE_TIMED_OUT:
+		text = "idle for too long"
+	case executorv1.Reason_REASON_OUTPUT_LIMIT:
+		text = "too much output"
+	case executorv1.Reason_REASON_ABANDONED:
+		text = "nobody watched it"
 	default:
 		text = "ended for a reason that this version does not know"
 	}

@@ -21,13 +21,14 @@ const maxSource = 1 << 20
 
 // commandFlags are those of run and exec.
 type commandFlags struct {
-	timeout value[time.Duration]
-	grace   value[time.Duration]
-	retain  value[int64]
-	env     []string
-	labels  []string
-	workdir string
-	detach  bool
+	timeout  value[time.Duration]
+	grace    value[time.Duration]
+	retain   value[int64]
+	policies policyFlags
+	env      []string
+	labels   []string
+	workdir  string
+	detach   bool
 }
 
 func (f *commandFlags) bind(cmd *cobra.Command) {
@@ -40,6 +41,7 @@ func (f *commandFlags) bind(cmd *cobra.Command) {
 	flags.StringArrayVarP(&f.env, "env", "e", nil, "set a variable: K=V, or K to take its value from here; may be repeated")
 	flags.StringVar(&f.workdir, "workdir", "", "directory in which it starts (default /workspace)")
 	flags.Var(&f.retain, "retain", "how much of its output the server keeps, such as 64MiB")
+	f.policies.bind(cmd)
 	flags.StringArrayVar(&f.labels, "label", nil, "label it, NAME=VALUE; may be repeated")
 	flags.BoolVar(&f.detach, "detach", false, "print the execution's name and do not wait for its end")
 }
@@ -62,6 +64,7 @@ func (f *commandFlags) fill(r *executorv1.ExecuteRequest, env map[string]string)
 	if f.retain.given {
 		r.OutputPolicy = &executorv1.OutputPolicy{RetainedBytes: f.retain.v}
 	}
+	f.policies.fill(r)
 	return nil
 }
 
@@ -274,6 +277,7 @@ func (a *app) execute(r *executorv1.ExecuteRequest, detach bool) func(*cobra.Com
 func (a *app) startDetached(ctx context.Context, c *client.Client, r *executorv1.ExecuteRequest) error {
 	e, err := c.Start(ctx, &executorv1.StartExecutionRequest{
 		Parent: r.GetParent(), Command: r.GetCommand(), Limits: r.GetLimits(), OutputPolicy: r.GetOutputPolicy(), Labels: r.GetLabels(),
+		DetachPolicy: r.GetDetachPolicy(),
 	})
 	if err != nil {
 		return err

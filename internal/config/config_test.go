@@ -69,6 +69,7 @@ func defaults() *configv1.Config {
 			MaxRunning: 256, MaxQueued: 1024, MaxQueueWait: durationpb.New(30 * time.Second), MaxSandboxes: 4000,
 		},
 		Pool: &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
+		Retention:    &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
 	}
 }
 
@@ -96,6 +97,7 @@ func full() (map[string]string, *configv1.Config) {
 			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
+			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
 		}, &configv1.Config{
 			Listen: "unix:/run/x.sock", StateDir: "/state", DrainTimeout: durationpb.New(90 * time.Second),
 			OnStop: configv1.OnStop_ON_STOP_TERMINATE,
@@ -106,6 +108,7 @@ func full() (map[string]string, *configv1.Config) {
 				ExtraPaths: []string{"/opt/a"}},
 			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
 			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
+			Retention: &configv1.Retention{MaxAge: durationpb.New(0), MaxTotalBytes: 1 << 30, MinFreeBytes: 1<<20 + 1},
 		}
 }
 
@@ -344,6 +347,13 @@ func TestBadValues(t *testing.T) {
 		{"pool.size", "1001", "less than or equal to 1000"},
 		{"pool.max_age", "999ms", "greater than or equal to 1s"},
 		{"pool.max_age", "25h", "less than or equal to 86400s"},
+		{"retention.max_age", "-1s", "greater than or equal to 0s"},
+		{"retention.max_age", "7d", "not a duration such as 30s"},
+		{"retention.max_age", "87600h1s", "less than or equal to 315360000s"},
+		{"retention.max_total_bytes", "1", "greater than or equal to 1048576"},
+		{"retention.max_total_bytes", "1025TiB", "less than or equal to 1125899906842624"},
+		{"retention.min_free_bytes", "-1", "greater than or equal to 0"},
+		{"retention.min_free_bytes", "2TiB", "less than or equal to 1099511627776"},
 	}
 	tested := make(map[string]bool)
 	for _, test := range tests {
@@ -511,7 +521,8 @@ func TestFieldNames(t *testing.T) {
 	got := slices.Sorted(maps.Keys(flags))
 	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
 		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level", "on-stop",
-		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection", "state-dir"}
+		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
+		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("renaming a flag breaks people's scripts (-want +got):\n%s", diff)
 	}
@@ -554,6 +565,10 @@ admission:
 pool:
   size: 2
   max_age: 10m0s
+retention:
+  max_age: 168h0m0s
+  max_total_bytes: 32GiB
+  min_free_bytes: 64MiB
 `
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Errorf("differs (-want +got):\n%s", diff)

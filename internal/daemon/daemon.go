@@ -18,6 +18,7 @@ import (
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
+	"github.com/harvest-run/executord/internal/diskspace"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local"
 	"github.com/harvest-run/executord/internal/engine/pool"
@@ -56,6 +57,7 @@ type Daemon struct {
 	info       *serverInfo
 	// requests are the requests that are remembered, for a time.
 	requests idempotency.Expirer
+	disk     *diskspace.Floor
 	// strays are sandboxes of an earlier time that nobody needs.
 	strays []string
 	// cutOff ends the streams that are open.
@@ -109,6 +111,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	if err := makePrivate(dir); err != nil {
 		return nil, err
 	}
+	d.disk = diskspace.New(diskspace.Config{Dir: dir, MinFree: c.Settings.GetRetention().GetMinFreeBytes()})
 	st, err := store.Open(ctx, store.Config{Dir: dir})
 	if err != nil {
 		return nil, err
@@ -157,7 +160,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.info = &serverInfo{
-		start: time.Now(), engine: d.engine, executions: executionService, sessions: sessionService, pool: ready, admission: allowed,
+		start: time.Now(), engine: d.engine, executions: executionService, sessions: sessionService, pool: ready, admission: allowed, disk: d.disk,
 	}
 	shutdown, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
 	d.cutOff = cutOff
@@ -187,19 +190,24 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		return nil, nil, err
 	}
 	sessionService, err := session.New(session.Config{
-		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Logger: c.Logger,
+		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, CheckRoom: d.disk.Check, Logger: c.Logger,
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the session service: %w", err)
 	}
 	output := c.Settings.GetOutput()
+	retention := c.Settings.GetRetention()
 	executionService, err := execution.New(execution.Config{
 		Engine: d.engine, Store: st, Sessions: sessionService, Admission: allowed, Pool: ready,
 		Dir:                  filepath.Join(c.Settings.GetStateDir(), "executions"),
 		DefaultRetainedBytes: output.GetDefaultRetainedBytes(),
 		MaxRetainedBytes:     output.GetMaxRetainedBytes(),
-		Observer:             observer,
-		Logger:               c.Logger,
+		Retention: execution.Retention{
+			MaxAge: retention.GetMaxAge().AsDuration(), MaxTotalBytes: retention.GetMaxTotalBytes(),
+		},
+		CheckRoom: d.disk.Check,
+		Observer:  observer,
+		Logger:    c.Logger,
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the execution service: %w", err)

@@ -8,8 +8,10 @@ import (
 
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
+	"github.com/harvest-run/executord/internal/diskspace"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/pool"
+	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/version"
 )
 
@@ -17,11 +19,18 @@ import (
 type serverInfo struct {
 	start      time.Time
 	engine     engine.Engine
-	executions interface{ Running() int }
+	executions keeper
 	sessions   interface{ Running() int }
 	pool       interface{ Stats() pool.Stats }
 	admission  *admission.Controller
+	disk       *diskspace.Floor
 	draining   atomic.Bool
+}
+
+// keeper runs executions and keeps those that have ended.
+type keeper interface {
+	Running() int
+	Stored() execution.Stored
 }
 
 // setDraining notes that new work is refused.
@@ -32,6 +41,11 @@ func (s *serverInfo) ServerInfo(ctx context.Context) (api.ServerInfo, error) {
 	sandboxes, err := s.engine.List(ctx)
 	if err != nil {
 		return api.ServerInfo{}, fmt.Errorf("list sandboxes: %w", err)
+	}
+	stored := s.executions.Stored()
+	free, err := s.disk.Free()
+	if err != nil {
+		free = 0 // it is nothing that would keep the rest from being told
 	}
 	return api.ServerInfo{
 		Version:   version.String(),
@@ -47,5 +61,9 @@ func (s *serverInfo) ServerInfo(ctx context.Context) (api.ServerInfo, error) {
 		DefaultLimits:     s.engine.DefaultLimits(),
 		Pool:              s.pool.Stats(),
 		Admission:         s.admission.Stats(),
+		StoredExecutions:  stored.Executions,
+		StoredBytes:       stored.Bytes,
+		FreeBytes:         free,
+		DiskFull:          s.disk.Check() != nil,
 	}, nil
 }
