@@ -104,8 +104,8 @@ func TestStartFailedSaysWhy(t *testing.T) {
 		"not found by path":        {argv("/no/such"), "not_found", "/no/such"},
 		"not executable":           {argv("/etc/passwd"), "not_executable", "not executable"},
 		"a directory":              {argv("/usr"), "not_executable", "directory"},
-		"no working directory":     {&executorv1.Command{Args: []string{"true"}, WorkingDirectory: "/no/such"}, "not_found", "/no/such"},
-		"directory that is a file": {&executorv1.Command{Args: []string{"true"}, WorkingDirectory: "/etc/passwd"}, "not_found", "not a directory"},
+		"no working directory":     {&executorv1.Command{Args: []string{"true"}, WorkingDirectory: "/no/such"}, "no_working_directory", "/no/such"},
+		"directory that is a file": {&executorv1.Command{Args: []string{"true"}, WorkingDirectory: "/etc/passwd"}, "no_working_directory", "not a directory"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			k := execute(t, c, &executorv1.ExecuteRequest{Command: r.command})
