@@ -240,6 +240,7 @@ func TestRemove(t *testing.T) {
 func TestDescriptors(t *testing.T) {
 	l := newLog(t, Config{SegmentBytes: 8 << 10})
 	fill(t, l, 50)
+	l.writer.writeback.group.Wait() // it has the segment before for a moment
 	if n := openFiles(t, l.dir); n != 1 {
 		t.Errorf("%d files are open while appending, want 1", n)
 	}

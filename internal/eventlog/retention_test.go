@@ -170,6 +170,7 @@ func TestSlowReader(t *testing.T) {
 				gaps++
 			}
 		}
+		l.writer.writeback.group.Wait() // it has the segment before for a moment
 		if n := openFiles(t, l.dir); n > 2 {
 			t.Fatalf("%d files are open", n)
 		}
