@@ -200,6 +200,117 @@ func (Log_Format) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 1}
 }
 
+// ClientAuth says what clients must show.
+type Tls_ClientAuth int32
+
+const (
+	// Not set; refused.
+	Tls_CLIENT_AUTH_UNSPECIFIED Tls_ClientAuth = 0
+	// A certificate is asked for, and who shows none may show something else.
+	Tls_CLIENT_AUTH_REQUEST Tls_ClientAuth = 1
+	// No connection without a good certificate.
+	Tls_CLIENT_AUTH_REQUIRE Tls_ClientAuth = 2
+)
+
+// Enum value maps for Tls_ClientAuth.
+var (
+	Tls_ClientAuth_name = map[int32]string{
+		0: "CLIENT_AUTH_UNSPECIFIED",
+		1: "CLIENT_AUTH_REQUEST",
+		2: "CLIENT_AUTH_REQUIRE",
+	}
+	Tls_ClientAuth_value = map[string]int32{
+		"CLIENT_AUTH_UNSPECIFIED": 0,
+		"CLIENT_AUTH_REQUEST":     1,
+		"CLIENT_AUTH_REQUIRE":     2,
+	}
+)
+
+func (x Tls_ClientAuth) Enum() *Tls_ClientAuth {
+	p := new(Tls_ClientAuth)
+	*p = x
+	return p
+}
+
+func (x Tls_ClientAuth) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Tls_ClientAuth) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_config_v1_config_proto_enumTypes[3].Descriptor()
+}
+
+func (Tls_ClientAuth) Type() protoreflect.EnumType {
+	return &file_harvest_config_v1_config_proto_enumTypes[3]
+}
+
+func (x Tls_ClientAuth) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Tls_ClientAuth.Descriptor instead.
+func (Tls_ClientAuth) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9, 0}
+}
+
+// Method is a way to show who one is.
+type Auth_Method int32
+
+const (
+	// Not set; refused.
+	Auth_METHOD_UNSPECIFIED Auth_Method = 0
+	// An API key of this server, made with executorctl auth keys create or, before the
+	// first start, executord keys create.
+	Auth_METHOD_API_KEY Auth_Method = 1
+	// A token of the issuer in oidc.
+	Auth_METHOD_OIDC Auth_Method = 2
+	// A client certificate of an authority in tls.client_ca_file.
+	Auth_METHOD_CERTIFICATE Auth_Method = 3
+)
+
+// Enum value maps for Auth_Method.
+var (
+	Auth_Method_name = map[int32]string{
+		0: "METHOD_UNSPECIFIED",
+		1: "METHOD_API_KEY",
+		2: "METHOD_OIDC",
+		3: "METHOD_CERTIFICATE",
+	}
+	Auth_Method_value = map[string]int32{
+		"METHOD_UNSPECIFIED": 0,
+		"METHOD_API_KEY":     1,
+		"METHOD_OIDC":        2,
+		"METHOD_CERTIFICATE": 3,
+	}
+)
+
+func (x Auth_Method) Enum() *Auth_Method {
+	p := new(Auth_Method)
+	*p = x
+	return p
+}
+
+func (x Auth_Method) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Auth_Method) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_config_v1_config_proto_enumTypes[4].Descriptor()
+}
+
+func (Auth_Method) Type() protoreflect.EnumType {
+	return &file_harvest_config_v1_config_proto_enumTypes[4]
+}
+
+func (x Auth_Method) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Auth_Method.Descriptor instead.
+func (Auth_Method) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10, 0}
+}
+
 // Help is what a person who sets a field is told about it.
 type Help struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -207,7 +318,9 @@ type Help struct {
 	Usage string `protobuf:"bytes,1,opt,name=usage,proto3" json:"usage,omitempty"`
 	// The default, in the form of a flag's value; empty for a zero value and for what
 	// depends on the host.
-	Default       string `protobuf:"bytes,2,opt,name=default,proto3" json:"default,omitempty"`
+	Default string `protobuf:"bytes,2,opt,name=default,proto3" json:"default,omitempty"`
+	// What separates the values of a list in a variable; empty for a colon.
+	Separator     string `protobuf:"bytes,3,opt,name=separator,proto3" json:"separator,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -256,13 +369,21 @@ func (x *Help) GetDefault() string {
 	return ""
 }
 
+func (x *Help) GetSeparator() string {
+	if x != nil {
+		return x.Separator
+	}
+	return ""
+}
+
 // Config is all that can be set of an executord.
 type Config struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Where the service listens: HOST:PORT with a loopback address or localhost, port 0
-	// for any free one; or unix: and the absolute path of a socket, of at most 107
-	// bytes. Anything else is refused, because the service has no authentication yet.
-	// Default 127.0.0.1:7070.
+	// Where the service listens: HOST:PORT, port 0 for any free one; or unix: and the
+	// absolute path of a socket, of at most 107 bytes. What others than this host's users
+	// can reach, that is anything but a loopback address, localhost and a socket, is
+	// refused without tls.cert_file, tls.key_file and auth.methods. Default
+	// 127.0.0.1:7070.
 	Listen string `protobuf:"bytes,1,opt,name=listen,proto3" json:"listen,omitempty"`
 	// The directory of everything that must survive a restart. A relative path is taken
 	// from the working directory, a leading ~/ from HOME. Default /var/lib/executord
@@ -284,6 +405,10 @@ type Config struct {
 	Reflection bool `protobuf:"varint,8,opt,name=reflection,proto3" json:"reflection,omitempty"`
 	// The local engine, which makes sandboxes on this host.
 	Local *Local `protobuf:"bytes,9,opt,name=local,proto3" json:"local,omitempty"`
+	// Encryption.
+	Tls *Tls `protobuf:"bytes,10,opt,name=tls,proto3" json:"tls,omitempty"`
+	// Who may call.
+	Auth *Auth `protobuf:"bytes,11,opt,name=auth,proto3" json:"auth,omitempty"`
 	// How much may run at a time.
 	Admission *Admission `protobuf:"bytes,13,opt,name=admission,proto3" json:"admission,omitempty"`
 	// Sandboxes that are kept ready.
@@ -383,6 +508,20 @@ func (x *Config) GetReflection() bool {
 func (x *Config) GetLocal() *Local {
 	if x != nil {
 		return x.Local
+	}
+	return nil
+}
+
+func (x *Config) GetTls() *Tls {
+	if x != nil {
+		return x.Tls
+	}
+	return nil
+}
+
+func (x *Config) GetAuth() *Auth {
+	if x != nil {
+		return x.Auth
 	}
 	return nil
 }
@@ -876,6 +1015,402 @@ func (x *Retention) GetMinFreeBytes() int64 {
 	return 0
 }
 
+// Tls says whether the service is encrypted, and with what. It speaks TLS 1.3. The files
+// are looked at again, about once a second while clients connect: changed ones are used
+// for new connections, and ones that cannot be used are logged and left alone.
+type Tls struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PEM file with the server's certificate and its chain. A relative path is taken from
+	// the working directory. Default empty: no encryption.
+	CertFile string `protobuf:"bytes,1,opt,name=cert_file,json=certFile,proto3" json:"cert_file,omitempty"`
+	// PEM file with the certificate's key. Default empty.
+	KeyFile string `protobuf:"bytes,2,opt,name=key_file,json=keyFile,proto3" json:"key_file,omitempty"`
+	// PEM file with the authorities of client certificates. Default empty: none is asked
+	// for.
+	ClientCaFile string `protobuf:"bytes,3,opt,name=client_ca_file,json=clientCaFile,proto3" json:"client_ca_file,omitempty"`
+	// Whether clients must show a certificate; only with client_ca_file. Default request.
+	ClientAuth    Tls_ClientAuth `protobuf:"varint,4,opt,name=client_auth,json=clientAuth,proto3,enum=harvest.config.v1.Tls_ClientAuth" json:"client_auth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tls) Reset() {
+	*x = Tls{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tls) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tls) ProtoMessage() {}
+
+func (x *Tls) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tls.ProtoReflect.Descriptor instead.
+func (*Tls) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Tls) GetCertFile() string {
+	if x != nil {
+		return x.CertFile
+	}
+	return ""
+}
+
+func (x *Tls) GetKeyFile() string {
+	if x != nil {
+		return x.KeyFile
+	}
+	return ""
+}
+
+func (x *Tls) GetClientCaFile() string {
+	if x != nil {
+		return x.ClientCaFile
+	}
+	return ""
+}
+
+func (x *Tls) GetClientAuth() Tls_ClientAuth {
+	if x != nil {
+		return x.ClientAuth
+	}
+	return Tls_CLIENT_AUTH_UNSPECIFIED
+}
+
+// Auth says how callers show who they are, and what they may do.
+type Auth struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The ways that are taken. In a variable they are separated by commas. Default none:
+	// nobody is asked, and whoever reaches the service is its admin.
+	Methods []Auth_Method `protobuf:"varint,1,rep,packed,name=methods,proto3,enum=harvest.config.v1.Auth_Method" json:"methods,omitempty"`
+	// The issuer of tokens.
+	Oidc *Oidc `protobuf:"bytes,2,opt,name=oidc,proto3" json:"oidc,omitempty"`
+	// Client certificates.
+	Certificates *Certificates `protobuf:"bytes,3,opt,name=certificates,proto3" json:"certificates,omitempty"`
+	// What each caller may have.
+	Quotas        *Quotas `protobuf:"bytes,4,opt,name=quotas,proto3" json:"quotas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Auth) Reset() {
+	*x = Auth{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Auth) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Auth) ProtoMessage() {}
+
+func (x *Auth) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Auth.ProtoReflect.Descriptor instead.
+func (*Auth) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Auth) GetMethods() []Auth_Method {
+	if x != nil {
+		return x.Methods
+	}
+	return nil
+}
+
+func (x *Auth) GetOidc() *Oidc {
+	if x != nil {
+		return x.Oidc
+	}
+	return nil
+}
+
+func (x *Auth) GetCertificates() *Certificates {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *Auth) GetQuotas() *Quotas {
+	if x != nil {
+		return x.Quotas
+	}
+	return nil
+}
+
+// Oidc says whose tokens are taken: JSON web tokens of an OpenID Connect issuer.
+type Oidc struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The issuer's URL, exactly as in its tokens; https, or http on a loopback address.
+	// Its keys are found by OpenID Connect discovery.
+	Issuer string `protobuf:"bytes,1,opt,name=issuer,proto3" json:"issuer,omitempty"`
+	// What tokens must be for: one of the values of their claim aud.
+	Audience string `protobuf:"bytes,2,opt,name=audience,proto3" json:"audience,omitempty"`
+	// The claim with the caller's roles, a text or a list of texts; dots lead into
+	// objects. Default roles.
+	RoleClaim string `protobuf:"bytes,3,opt,name=role_claim,json=roleClaim,proto3" json:"role_claim,omitempty"`
+	// Values of role_claim whose callers are users; * for every caller. In a variable they
+	// are separated by commas, as those of all lists here. Default none.
+	Users []string `protobuf:"bytes,4,rep,name=users,proto3" json:"users,omitempty"`
+	// Values whose callers are operators. Default none.
+	Operators []string `protobuf:"bytes,5,rep,name=operators,proto3" json:"operators,omitempty"`
+	// Values whose callers are admins. Default none.
+	Admins []string `protobuf:"bytes,6,rep,name=admins,proto3" json:"admins,omitempty"`
+	// By how much the clocks of issuer and server may differ: 0 to 5 min. Default 30s.
+	Leeway *durationpb.Duration `protobuf:"bytes,7,opt,name=leeway,proto3" json:"leeway,omitempty"`
+	// How tokens may be signed: of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384,
+	// ES512 and EdDSA. Default empty: RS256, ES256 and EdDSA.
+	Algorithms    []string `protobuf:"bytes,8,rep,name=algorithms,proto3" json:"algorithms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Oidc) Reset() {
+	*x = Oidc{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Oidc) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Oidc) ProtoMessage() {}
+
+func (x *Oidc) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Oidc.ProtoReflect.Descriptor instead.
+func (*Oidc) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Oidc) GetIssuer() string {
+	if x != nil {
+		return x.Issuer
+	}
+	return ""
+}
+
+func (x *Oidc) GetAudience() string {
+	if x != nil {
+		return x.Audience
+	}
+	return ""
+}
+
+func (x *Oidc) GetRoleClaim() string {
+	if x != nil {
+		return x.RoleClaim
+	}
+	return ""
+}
+
+func (x *Oidc) GetUsers() []string {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *Oidc) GetOperators() []string {
+	if x != nil {
+		return x.Operators
+	}
+	return nil
+}
+
+func (x *Oidc) GetAdmins() []string {
+	if x != nil {
+		return x.Admins
+	}
+	return nil
+}
+
+func (x *Oidc) GetLeeway() *durationpb.Duration {
+	if x != nil {
+		return x.Leeway
+	}
+	return nil
+}
+
+func (x *Oidc) GetAlgorithms() []string {
+	if x != nil {
+		return x.Algorithms
+	}
+	return nil
+}
+
+// Certificates says which client certificates may do what. A certificate's name is its
+// first URI, such as spiffe://example.org/ci, or without one CN= and its common name.
+type Certificates struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names of users; * for every certificate. In a variable they are separated by commas,
+	// as those of all lists here. Default none.
+	Users []string `protobuf:"bytes,1,rep,name=users,proto3" json:"users,omitempty"`
+	// Names of operators. Default none.
+	Operators []string `protobuf:"bytes,2,rep,name=operators,proto3" json:"operators,omitempty"`
+	// Names of admins. Default none.
+	Admins        []string `protobuf:"bytes,3,rep,name=admins,proto3" json:"admins,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Certificates) Reset() {
+	*x = Certificates{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Certificates) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Certificates) ProtoMessage() {}
+
+func (x *Certificates) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Certificates.ProtoReflect.Descriptor instead.
+func (*Certificates) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Certificates) GetUsers() []string {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *Certificates) GetOperators() []string {
+	if x != nil {
+		return x.Operators
+	}
+	return nil
+}
+
+func (x *Certificates) GetAdmins() []string {
+	if x != nil {
+		return x.Admins
+	}
+	return nil
+}
+
+// Quotas bound what each caller may have; only with auth.methods.
+type Quotas struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Executions of a caller that run at a time: 0 to 1,000,000; 0 for no bound. Default 0.
+	RunningExecutions int64 `protobuf:"varint,1,opt,name=running_executions,json=runningExecutions,proto3" json:"running_executions,omitempty"`
+	// Sessions of a caller at a time: 0 to 1,000,000; 0 for no bound. Default 0.
+	Sessions int64 `protobuf:"varint,2,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	// Output that is kept of a caller's executions, in bytes: 0 to 1 PiB; 0 for no bound.
+	// When it is reached, new work is refused; what runs keeps the room it was promised.
+	// Default 0.
+	StoredBytes   int64 `protobuf:"varint,3,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Quotas) Reset() {
+	*x = Quotas{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Quotas) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Quotas) ProtoMessage() {}
+
+func (x *Quotas) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Quotas.ProtoReflect.Descriptor instead.
+func (*Quotas) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Quotas) GetRunningExecutions() int64 {
+	if x != nil {
+		return x.RunningExecutions
+	}
+	return 0
+}
+
+func (x *Quotas) GetSessions() int64 {
+	if x != nil {
+		return x.Sessions
+	}
+	return 0
+}
+
+func (x *Quotas) GetStoredBytes() int64 {
+	if x != nil {
+		return x.StoredBytes
+	}
+	return 0
+}
+
 var file_harvest_config_v1_config_proto_extTypes = []protoimpl.ExtensionInfo{
 	{
 		ExtendedType:  (*descriptorpb.FieldOptions)(nil),
@@ -899,13 +1434,14 @@ var File_harvest_config_v1_config_proto protoreflect.FileDescriptor
 
 const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\n" +
-	"\x1eharvest/config/v1/config.proto\x12\x11harvest.config.v1\x1a\x1bbuf/validate/validate.proto\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"6\n" +
+	"\x1eharvest/config/v1/config.proto\x12\x11harvest.config.v1\x1a\x1bbuf/validate/validate.proto\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"T\n" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
-	"\adefault\x18\x02 \x01(\tR\adefault\"\xb3\a\n" +
-	"\x06Config\x12b\n" +
-	"\x06listen\x18\x01 \x01(\tBJ\xbaH\x04r\x02 \x01\x8a\xb5\x18?\n" +
-	"-loopback HOST:PORT or unix:/PATH to listen on\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
+	"\adefault\x18\x02 \x01(\tR\adefault\x12\x1c\n" +
+	"\tseparator\x18\x03 \x01(\tR\tseparator\"\xb4\b\n" +
+	"\x06Config\x12\x8b\x01\n" +
+	"\x06listen\x18\x01 \x01(\tBs\xbaH\x04r\x02 \x01\x8a\xb5\x18h\n" +
+	"VHOST:PORT or unix:/PATH to listen on; beyond loopback only with TLS and authentication\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
 	"\tstate_dir\x18\x02 \x01(\tB@\xbaH\x04r\x02 \x01\x8a\xb5\x185\n" +
 	"3directory of everything that must survive a restartR\bstateDir\x12|\n" +
 	"\rdrain_timeout\x18\x03 \x01(\v2\x19.google.protobuf.DurationB<\xbaH\v\xaa\x01\b\"\x04\b\x80\xa3\x052\x00\x8a\xb5\x18*\n" +
@@ -919,7 +1455,10 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"reflection\x18\b \x01(\bB:\x8a\xb5\x186\n" +
 	".answer gRPC server reflection; =false does not\x12\x04trueR\n" +
 	"reflection\x12.\n" +
-	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\x12:\n" +
+	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\x12(\n" +
+	"\x03tls\x18\n" +
+	" \x01(\v2\x16.harvest.config.v1.TlsR\x03tls\x12+\n" +
+	"\x04auth\x18\v \x01(\v2\x17.harvest.config.v1.AuthR\x04auth\x12:\n" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
 	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
 	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\"\x9a\x03\n" +
@@ -990,7 +1529,68 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x0fmax_total_bytes\x18\x02 \x01(\x03Bc\xbaH\x12\xd8\x01\x01\"\r\x18\x80\x80\x80\x80\x80\x80\x80\x02(\x80\x80@\x8a\xb5\x18J\n" +
 	"Awhat the logs of all executions may take together; 0 for no bound\x12\x0532GiBR\rmaxTotalBytes\x12\x8a\x01\n" +
 	"\x0emin_free_bytes\x18\x03 \x01(\x03Bd\xbaH\v\"\t\x18\x80\x80\x80\x80\x80 (\x00\x8a\xb5\x18R\n" +
-	"Iroom that must be free under the state directory for new work; 0 for none\x12\x0564MiBR\fminFreeBytes*J\n" +
+	"Iroom that must be free under the state directory for new work; 0 for none\x12\x0564MiBR\fminFreeBytes\"\xed\x04\n" +
+	"\x03Tls\x12m\n" +
+	"\tcert_file\x18\x01 \x01(\tBP\xbaH\x05r\x03(\x80 \x8a\xb5\x18D\n" +
+	"BPEM file with the server's certificate and chain; empty for no TLSR\bcertFile\x12Z\n" +
+	"\bkey_file\x18\x02 \x01(\tB?\xbaH\x05r\x03(\x80 \x8a\xb5\x183\n" +
+	"1PEM file with the key of the server's certificateR\akeyFile\x12\x7f\n" +
+	"\x0eclient_ca_file\x18\x03 \x01(\tBY\xbaH\x05r\x03(\x80 \x8a\xb5\x18M\n" +
+	"KPEM file with the authorities of client certificates; empty to ask for noneR\fclientCaFile\x12\xbc\x01\n" +
+	"\vclient_auth\x18\x04 \x01(\x0e2!.harvest.config.v1.Tls.ClientAuthBx\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18j\n" +
+	"_whether client certificates are asked for (request) or there is no connection without (require)\x12\arequestR\n" +
+	"clientAuth\"[\n" +
+	"\n" +
+	"ClientAuth\x12\x1b\n" +
+	"\x17CLIENT_AUTH_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13CLIENT_AUTH_REQUEST\x10\x01\x12\x17\n" +
+	"\x13CLIENT_AUTH_REQUIRE\x10\x02\"\xac\x03\n" +
+	"\x04Auth\x12\x9f\x01\n" +
+	"\amethods\x18\x01 \x03(\x0e2\x1e.harvest.config.v1.Auth.MethodBe\xbaH\x0e\x92\x01\v\x18\x01\"\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18P\n" +
+	"Kway in which callers show who they are; may be repeated; none to ask nobody\x1a\x01,R\amethods\x12+\n" +
+	"\x04oidc\x18\x02 \x01(\v2\x17.harvest.config.v1.OidcR\x04oidc\x12C\n" +
+	"\fcertificates\x18\x03 \x01(\v2\x1f.harvest.config.v1.CertificatesR\fcertificates\x121\n" +
+	"\x06quotas\x18\x04 \x01(\v2\x19.harvest.config.v1.QuotasR\x06quotas\"]\n" +
+	"\x06Method\x12\x16\n" +
+	"\x12METHOD_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eMETHOD_API_KEY\x10\x01\x12\x0f\n" +
+	"\vMETHOD_OIDC\x10\x02\x12\x16\n" +
+	"\x12METHOD_CERTIFICATE\x10\x03\"\xa3\a\n" +
+	"\x04Oidc\x12A\n" +
+	"\x06issuer\x18\x01 \x01(\tB)\xbaH\x05r\x03(\x80\b\x8a\xb5\x18\x1d\n" +
+	"\x1bURL of the issuer of tokensR\x06issuer\x12J\n" +
+	"\baudience\x18\x02 \x01(\tB.\xbaH\x05r\x03(\x80\b\x8a\xb5\x18\"\n" +
+	" audience that tokens must be forR\baudience\x12\\\n" +
+	"\n" +
+	"role_claim\x18\x03 \x01(\tB=\xbaH\x05r\x03(\x80\x02\x8a\xb5\x181\n" +
+	"(claim of a token with the caller's roles\x12\x05rolesR\troleClaim\x12u\n" +
+	"\x05users\x18\x04 \x03(\tB_\xbaH\x0e\x92\x01\v\x10@\"\ar\x05 \x01(\x80\x04\x8a\xb5\x18J\n" +
+	"Evalue of the role claim that makes a user, * for any; may be repeated\x1a\x01,R\x05users\x12w\n" +
+	"\toperators\x18\x05 \x03(\tBY\xbaH\x0e\x92\x01\v\x10@\"\ar\x05 \x01(\x80\x04\x8a\xb5\x18D\n" +
+	"?value of the role claim that makes an operator; may be repeated\x1a\x01,R\toperators\x12n\n" +
+	"\x06admins\x18\x06 \x03(\tBV\xbaH\x0e\x92\x01\v\x10@\"\ar\x05 \x01(\x80\x04\x8a\xb5\x18A\n" +
+	"<value of the role claim that makes an admin; may be repeated\x1a\x01,R\x06admins\x12t\n" +
+	"\x06leeway\x18\a \x01(\v2\x19.google.protobuf.DurationBA\xbaH\n" +
+	"\xaa\x01\a\"\x03\b\xac\x022\x00\x8a\xb5\x180\n" +
+	")by how much the issuer's clock may differ\x12\x0330sR\x06leeway\x12\xd7\x01\n" +
+	"\n" +
+	"algorithms\x18\b \x03(\tB\xb6\x01\xbaHO\x92\x01L\x18\x01\"HrFR\x05RS256R\x05RS384R\x05RS512R\x05PS256R\x05PS384R\x05PS512R\x05ES256R\x05ES384R\x05ES512R\x05EdDSA\x8a\xb5\x18`\n" +
+	"[algorithm with which tokens may be signed; may be repeated; none for RS256, ES256 and EdDSA\x1a\x01,R\n" +
+	"algorithms\"\xd3\x02\n" +
+	"\fCertificates\x12l\n" +
+	"\x05users\x18\x01 \x03(\tBV\xbaH\x0f\x92\x01\f\x10\x80\x02\"\ar\x05 \x01(\x80\x04\x8a\xb5\x18@\n" +
+	";name of a certificate of a user, * for any; may be repeated\x1a\x01,R\x05users\x12n\n" +
+	"\toperators\x18\x02 \x03(\tBP\xbaH\x0f\x92\x01\f\x10\x80\x02\"\ar\x05 \x01(\x80\x04\x8a\xb5\x18:\n" +
+	"5name of a certificate of an operator; may be repeated\x1a\x01,R\toperators\x12e\n" +
+	"\x06admins\x18\x03 \x03(\tBM\xbaH\x0f\x92\x01\f\x10\x80\x02\"\ar\x05 \x01(\x80\x04\x8a\xb5\x187\n" +
+	"2name of a certificate of an admin; may be repeated\x1a\x01,R\x06admins\"\xd7\x02\n" +
+	"\x06Quotas\x12y\n" +
+	"\x12running_executions\x18\x01 \x01(\x03BJ\xbaH\b\"\x06\x18\xc0\x84=(\x00\x8a\xb5\x18;\n" +
+	"9executions of a caller that run at a time; 0 for no boundR\x11runningExecutions\x12[\n" +
+	"\bsessions\x18\x02 \x01(\x03B?\xbaH\b\"\x06\x18\xc0\x84=(\x00\x8a\xb5\x180\n" +
+	".sessions of a caller at a time; 0 for no boundR\bsessions\x12u\n" +
+	"\fstored_bytes\x18\x03 \x01(\x03BR\xbaH\r\"\v\x18\x80\x80\x80\x80\x80\x80\x80\x02(\x00\x8a\xb5\x18>\n" +
+	"<output that is kept of a caller's executions; 0 for no boundR\vstoredBytes*J\n" +
 	"\x06OnStop\x12\x17\n" +
 	"\x13ON_STOP_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fON_STOP_KEEP\x10\x01\x12\x15\n" +
@@ -1010,46 +1610,61 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 	return file_harvest_config_v1_config_proto_rawDescData
 }
 
-var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
 	(Log_Level)(0),                    // 1: harvest.config.v1.Log.Level
 	(Log_Format)(0),                   // 2: harvest.config.v1.Log.Format
-	(*Help)(nil),                      // 3: harvest.config.v1.Help
-	(*Config)(nil),                    // 4: harvest.config.v1.Config
-	(*Log)(nil),                       // 5: harvest.config.v1.Log
-	(*Limits)(nil),                    // 6: harvest.config.v1.Limits
-	(*Output)(nil),                    // 7: harvest.config.v1.Output
-	(*Local)(nil),                     // 8: harvest.config.v1.Local
-	(*Admission)(nil),                 // 9: harvest.config.v1.Admission
-	(*Pool)(nil),                      // 10: harvest.config.v1.Pool
-	(*Retention)(nil),                 // 11: harvest.config.v1.Retention
-	(*durationpb.Duration)(nil),       // 12: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 13: google.protobuf.FieldOptions
+	(Tls_ClientAuth)(0),               // 3: harvest.config.v1.Tls.ClientAuth
+	(Auth_Method)(0),                  // 4: harvest.config.v1.Auth.Method
+	(*Help)(nil),                      // 5: harvest.config.v1.Help
+	(*Config)(nil),                    // 6: harvest.config.v1.Config
+	(*Log)(nil),                       // 7: harvest.config.v1.Log
+	(*Limits)(nil),                    // 8: harvest.config.v1.Limits
+	(*Output)(nil),                    // 9: harvest.config.v1.Output
+	(*Local)(nil),                     // 10: harvest.config.v1.Local
+	(*Admission)(nil),                 // 11: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 12: harvest.config.v1.Pool
+	(*Retention)(nil),                 // 13: harvest.config.v1.Retention
+	(*Tls)(nil),                       // 14: harvest.config.v1.Tls
+	(*Auth)(nil),                      // 15: harvest.config.v1.Auth
+	(*Oidc)(nil),                      // 16: harvest.config.v1.Oidc
+	(*Certificates)(nil),              // 17: harvest.config.v1.Certificates
+	(*Quotas)(nil),                    // 18: harvest.config.v1.Quotas
+	(*durationpb.Duration)(nil),       // 19: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 20: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	12, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	19, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
-	5,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
-	6,  // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
-	7,  // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
-	8,  // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	9,  // 6: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
-	10, // 7: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	11, // 8: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
-	1,  // 9: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	2,  // 10: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	12, // 11: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	12, // 12: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	12, // 13: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
-	13, // 14: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	3,  // 15: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	15, // [15:16] is the sub-list for extension type_name
-	14, // [14:15] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	7,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
+	8,  // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
+	9,  // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
+	10, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
+	14, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
+	15, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
+	11, // 8: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	12, // 9: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	13, // 10: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	1,  // 11: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	2,  // 12: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	19, // 13: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	19, // 14: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	19, // 15: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	3,  // 16: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
+	4,  // 17: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
+	16, // 18: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
+	17, // 19: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
+	18, // 20: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
+	19, // 21: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
+	20, // 22: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	5,  // 23: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	24, // [24:24] is the sub-list for method output_type
+	24, // [24:24] is the sub-list for method input_type
+	23, // [23:24] is the sub-list for extension type_name
+	22, // [22:23] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -1062,8 +1677,8 @@ func file_harvest_config_v1_config_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   9,
+			NumEnums:      5,
+			NumMessages:   14,
 			NumExtensions: 1,
 			NumServices:   0,
 		},

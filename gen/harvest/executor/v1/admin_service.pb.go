@@ -551,7 +551,7 @@ var File_harvest_executor_v1_admin_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\n" +
-	"'harvest/executor/v1/admin_service.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\"\x16\n" +
+	"'harvest/executor/v1/admin_service.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\"\x16\n" +
 	"\x14GetServerInfoRequest\"\x82\x05\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1d\n" +
@@ -596,9 +596,9 @@ const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12\x16\n" +
-	"\x06remedy\x18\x04 \x01(\tR\x06remedy2v\n" +
-	"\fAdminService\x12f\n" +
-	"\rGetServerInfo\x12).harvest.executor.v1.GetServerInfoRequest\x1a*.harvest.executor.v1.GetServerInfoResponseB\xdf\x01\n" +
+	"\x06remedy\x18\x04 \x01(\tR\x06remedy2\x80\x01\n" +
+	"\fAdminService\x12p\n" +
+	"\rGetServerInfo\x12).harvest.executor.v1.GetServerInfoRequest\x1a*.harvest.executor.v1.GetServerInfoResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x02B\xdf\x01\n" +
 	"\x17com.harvest.executor.v1B\x11AdminServiceProtoP\x01ZCgithub.com/harvest-run/executord/gen/harvest/executor/v1;executorv1\xa2\x02\x03HEX\xaa\x02\x13Harvest.Executor.V1\xca\x02\x13Harvest\\Executor\\V1\xe2\x02\x1fHarvest\\Executor\\V1\\GPBMetadata\xea\x02\x15Harvest::Executor::V1b\x06proto3"
 
 var (
@@ -647,6 +647,7 @@ func file_harvest_executor_v1_admin_service_proto_init() {
 	if File_harvest_executor_v1_admin_service_proto != nil {
 		return
 	}
+	file_harvest_executor_v1_authorization_proto_init()
 	file_harvest_executor_v1_command_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{

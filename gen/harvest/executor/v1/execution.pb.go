@@ -118,7 +118,9 @@ type Execution struct {
 	// Labels given at the start.
 	Labels map[string]string `protobuf:"bytes,13,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The detach policy in force.
-	DetachPolicy  *DetachPolicy `protobuf:"bytes,15,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	DetachPolicy *DetachPolicy `protobuf:"bytes,15,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	// Who started it, as GetCaller names them; empty for one older than that was noted.
+	Owner         string `protobuf:"bytes,16,opt,name=owner,proto3" json:"owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -251,11 +253,18 @@ func (x *Execution) GetDetachPolicy() *DetachPolicy {
 	return nil
 }
 
+func (x *Execution) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
 var File_harvest_executor_v1_execution_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_execution_proto_rawDesc = "" +
 	"\n" +
-	"#harvest/executor/v1/execution.proto\x12\x13harvest.executor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\"\x8e\a\n" +
+	"#harvest/executor/v1/execution.proto\x12\x13harvest.executor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\"\xa4\a\n" +
 	"\tExecution\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x126\n" +
 	"\acommand\x18\x02 \x01(\v2\x1c.harvest.executor.v1.CommandR\acommand\x12:\n" +
@@ -273,7 +282,8 @@ const file_harvest_executor_v1_execution_proto_rawDesc = "" +
 	"start_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
 	"\bend_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12B\n" +
 	"\x06labels\x18\r \x03(\v2*.harvest.executor.v1.Execution.LabelsEntryR\x06labels\x12F\n" +
-	"\rdetach_policy\x18\x0f \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x1a9\n" +
+	"\rdetach_policy\x18\x0f \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12\x14\n" +
+	"\x05owner\x18\x10 \x01(\tR\x05owner\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"j\n" +

@@ -950,8 +950,8 @@ type CancelExecutionRequest struct {
 	// Between TERM and KILL; the command's own grace_period if absent. 0 to 600 s; 0
 	// kills at once.
 	GracePeriod *durationpb.Duration `protobuf:"bytes,2,opt,name=grace_period,json=gracePeriod,proto3" json:"grace_period,omitempty"`
-	// Who asks and why, for the result's cancelled_by; at most 256 bytes. The caller's
-	// address is added to it.
+	// Who asks and why, for the result's cancelled_by; at most 256 bytes. It stands
+	// behind who the caller is to the server and from which address.
 	Requester string `protobuf:"bytes,3,opt,name=requester,proto3" json:"requester,omitempty"`
 	// Makes the call safe to tell from another, as in ExecuteRequest; a repeat waits for
 	// the same end and is answered as the first.
@@ -1161,7 +1161,7 @@ var File_harvest_executor_v1_executor_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
-	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\"\x86\x06\n" +
+	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\"\x86\x06\n" +
 	"\x0eExecuteRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1246,18 +1246,18 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x12<\n" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"\x19\n" +
-	"\x17DeleteExecutionResponse2\xb6\a\n" +
-	"\x0fExecutorService\x12V\n" +
-	"\aExecute\x12#.harvest.executor.v1.ExecuteRequest\x1a$.harvest.executor.v1.ExecuteResponse0\x01\x12i\n" +
-	"\x0eStartExecution\x12*.harvest.executor.v1.StartExecutionRequest\x1a+.harvest.executor.v1.StartExecutionResponse\x12k\n" +
-	"\x0eWatchExecution\x12*.harvest.executor.v1.WatchExecutionRequest\x1a+.harvest.executor.v1.WatchExecutionResponse0\x01\x12_\n" +
+	"\x17DeleteExecutionResponse2\x90\b\n" +
+	"\x0fExecutorService\x12`\n" +
+	"\aExecute\x12#.harvest.executor.v1.ExecuteRequest\x1a$.harvest.executor.v1.ExecuteResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x010\x01\x12s\n" +
+	"\x0eStartExecution\x12*.harvest.executor.v1.StartExecutionRequest\x1a+.harvest.executor.v1.StartExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12u\n" +
+	"\x0eWatchExecution\x12*.harvest.executor.v1.WatchExecutionRequest\x1a+.harvest.executor.v1.WatchExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x010\x01\x12i\n" +
 	"\n" +
-	"ReadOutput\x12&.harvest.executor.v1.ReadOutputRequest\x1a'.harvest.executor.v1.ReadOutputResponse0\x01\x12f\n" +
-	"\rWaitExecution\x12).harvest.executor.v1.WaitExecutionRequest\x1a*.harvest.executor.v1.WaitExecutionResponse\x12c\n" +
-	"\fGetExecution\x12(.harvest.executor.v1.GetExecutionRequest\x1a).harvest.executor.v1.GetExecutionResponse\x12i\n" +
-	"\x0eListExecutions\x12*.harvest.executor.v1.ListExecutionsRequest\x1a+.harvest.executor.v1.ListExecutionsResponse\x12l\n" +
-	"\x0fCancelExecution\x12+.harvest.executor.v1.CancelExecutionRequest\x1a,.harvest.executor.v1.CancelExecutionResponse\x12l\n" +
-	"\x0fDeleteExecution\x12+.harvest.executor.v1.DeleteExecutionRequest\x1a,.harvest.executor.v1.DeleteExecutionResponseB\xe2\x01\n" +
+	"ReadOutput\x12&.harvest.executor.v1.ReadOutputRequest\x1a'.harvest.executor.v1.ReadOutputResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x010\x01\x12p\n" +
+	"\rWaitExecution\x12).harvest.executor.v1.WaitExecutionRequest\x1a*.harvest.executor.v1.WaitExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12m\n" +
+	"\fGetExecution\x12(.harvest.executor.v1.GetExecutionRequest\x1a).harvest.executor.v1.GetExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12s\n" +
+	"\x0eListExecutions\x12*.harvest.executor.v1.ListExecutionsRequest\x1a+.harvest.executor.v1.ListExecutionsResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12v\n" +
+	"\x0fCancelExecution\x12+.harvest.executor.v1.CancelExecutionRequest\x1a,.harvest.executor.v1.CancelExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12v\n" +
+	"\x0fDeleteExecution\x12+.harvest.executor.v1.DeleteExecutionRequest\x1a,.harvest.executor.v1.DeleteExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01B\xe2\x01\n" +
 	"\x17com.harvest.executor.v1B\x14ExecutorServiceProtoP\x01ZCgithub.com/harvest-run/executord/gen/harvest/executor/v1;executorv1\xa2\x02\x03HEX\xaa\x02\x13Harvest.Executor.V1\xca\x02\x13Harvest\\Executor\\V1\xe2\x02\x1fHarvest\\Executor\\V1\\GPBMetadata\xea\x02\x15Harvest::Executor::V1b\x06proto3"
 
 var (
@@ -1361,6 +1361,7 @@ func file_harvest_executor_v1_executor_service_proto_init() {
 	if File_harvest_executor_v1_executor_service_proto != nil {
 		return
 	}
+	file_harvest_executor_v1_authorization_proto_init()
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_event_proto_init()
 	file_harvest_executor_v1_execution_proto_init()

@@ -50,6 +50,11 @@ const (
 // Every call that changes something takes a request_id, with which it can be repeated
 // when its answer was lost.
 //
+// A caller sees its own executions; who may see everybody's is in AuthService, and so are
+// the errors UNAUTHENTICATED and PERMISSION_DENIED of all RPCs. What is not in reach is
+// NOT_FOUND. RESOURCE_EXHAUSTED (QUOTA_EXCEEDED, with google.rpc.QuotaFailure) where the
+// caller's quota is used up.
+//
 // Errors carry google.rpc.ErrorInfo (domain "executord.harvest.run"), bad fields
 // also google.rpc.BadRequest.
 type ExecutorServiceClient interface {
@@ -230,6 +235,11 @@ func (c *executorServiceClient) DeleteExecution(ctx context.Context, in *DeleteE
 //
 // Every call that changes something takes a request_id, with which it can be repeated
 // when its answer was lost.
+//
+// A caller sees its own executions; who may see everybody's is in AuthService, and so are
+// the errors UNAUTHENTICATED and PERMISSION_DENIED of all RPCs. What is not in reach is
+// NOT_FOUND. RESOURCE_EXHAUSTED (QUOTA_EXCEEDED, with google.rpc.QuotaFailure) where the
+// caller's quota is used up.
 //
 // Errors carry google.rpc.ErrorInfo (domain "executord.harvest.run"), bad fields
 // also google.rpc.BadRequest.

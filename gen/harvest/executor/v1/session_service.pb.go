@@ -417,7 +417,8 @@ type TerminateSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Resource name of the session; required.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Who asks and why, for the session's detail; at most 256 bytes.
+	// Who asks and why, for the session's detail; at most 256 bytes. It stands behind who
+	// the caller is to the server and from which address.
 	Requester string `protobuf:"bytes,2,opt,name=requester,proto3" json:"requester,omitempty"`
 	// Makes the call safe to tell from another, as in CreateSessionRequest; a repeat
 	// waits for the same end and is answered as the first.
@@ -527,7 +528,7 @@ var File_harvest_executor_v1_session_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	"\n" +
-	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/session.proto\"\xa2\x03\n" +
+	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/session.proto\"\xa2\x03\n" +
 	"\x14CreateSessionRequest\x123\n" +
 	"\x06limits\x18\x01 \x01(\v2\x1b.harvest.executor.v1.LimitsR\x06limits\x12H\n" +
 	"\blifetime\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\blifetime\x12\x91\x01\n" +
@@ -563,13 +564,13 @@ const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"R\n" +
 	"\x18TerminateSessionResponse\x126\n" +
-	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession2\xad\x03\n" +
-	"\x0eSessionService\x12f\n" +
-	"\rCreateSession\x12).harvest.executor.v1.CreateSessionRequest\x1a*.harvest.executor.v1.CreateSessionResponse\x12]\n" +
+	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession2\xd5\x03\n" +
+	"\x0eSessionService\x12p\n" +
+	"\rCreateSession\x12).harvest.executor.v1.CreateSessionRequest\x1a*.harvest.executor.v1.CreateSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12g\n" +
 	"\n" +
-	"GetSession\x12&.harvest.executor.v1.GetSessionRequest\x1a'.harvest.executor.v1.GetSessionResponse\x12c\n" +
-	"\fListSessions\x12(.harvest.executor.v1.ListSessionsRequest\x1a).harvest.executor.v1.ListSessionsResponse\x12o\n" +
-	"\x10TerminateSession\x12,.harvest.executor.v1.TerminateSessionRequest\x1a-.harvest.executor.v1.TerminateSessionResponseB\xe1\x01\n" +
+	"GetSession\x12&.harvest.executor.v1.GetSessionRequest\x1a'.harvest.executor.v1.GetSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12m\n" +
+	"\fListSessions\x12(.harvest.executor.v1.ListSessionsRequest\x1a).harvest.executor.v1.ListSessionsResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12y\n" +
+	"\x10TerminateSession\x12,.harvest.executor.v1.TerminateSessionRequest\x1a-.harvest.executor.v1.TerminateSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01B\xe1\x01\n" +
 	"\x17com.harvest.executor.v1B\x13SessionServiceProtoP\x01ZCgithub.com/harvest-run/executord/gen/harvest/executor/v1;executorv1\xa2\x02\x03HEX\xaa\x02\x13Harvest.Executor.V1\xca\x02\x13Harvest\\Executor\\V1\xe2\x02\x1fHarvest\\Executor\\V1\\GPBMetadata\xea\x02\x15Harvest::Executor::V1b\x06proto3"
 
 var (
@@ -631,6 +632,7 @@ func file_harvest_executor_v1_session_service_proto_init() {
 	if File_harvest_executor_v1_session_service_proto != nil {
 		return
 	}
+	file_harvest_executor_v1_authorization_proto_init()
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_session_proto_init()
 	type x struct{}
