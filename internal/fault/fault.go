@@ -31,6 +31,10 @@ const (
 	Exhausted
 	// Unavailable means that the same request may work shortly; only where a retry is right.
 	Unavailable
+	// Unauthenticated means that the caller did not show who it is.
+	Unauthenticated
+	// PermissionDenied means that the caller is known and may not do this.
+	PermissionDenied
 )
 
 // Field is one thing that is wrong with a request.
@@ -43,10 +47,23 @@ type Field struct {
 
 // Quota is one bound that was reached.
 type Quota struct {
-	// Subject is what is bounded, and whose: "server:queue".
+	// Subject is what is bounded, and whose: "server:queue", "key:ci".
 	Subject string
 	// Description says what the bound is and how to get along with it.
 	Description string
+	// Name of what is bounded, such as "running_executions", and the bound; "" and 0 if
+	// Subject says it.
+	Name  string
+	Limit int64
+}
+
+// Exceeded makes an Exhausted error about a caller's quota, with reason QUOTA_EXCEEDED.
+// retryAfter says when a repeat may work.
+func Exceeded(q Quota, retryAfter time.Duration, format string, args ...any) *Error {
+	e := New(Exhausted, "QUOTA_EXCEEDED", format, args...)
+	q.Description = e.Message
+	e.Quotas, e.RetryAfter = []Quota{q}, retryAfter
+	return e.With("quota", q.Name).With("limit", fmt.Sprint(q.Limit))
 }
 
 // Error is an error with its kind and the facts a program can act on.
