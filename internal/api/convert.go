@@ -30,6 +30,7 @@ func executionProto(e execution.Execution) *executorv1.Execution {
 		StartTime:    timestamp(e.StartTime),
 		EndTime:      timestamp(e.EndTime),
 		Labels:       e.Labels,
+		Owner:        e.Owner,
 	}
 	if e.Epoch != "" {
 		converted.Cursor = cursorProto(execution.Cursor{Epoch: e.Epoch, Sequence: e.Sequence})
@@ -241,6 +242,7 @@ func sessionProto(s session.Session) *executorv1.Session {
 		ExpireTime: timestamp(s.ExpireTime()),
 		EndTime:    timestamp(s.EndTime),
 		Labels:     s.Labels,
+		Owner:      s.Owner,
 	}
 }
 

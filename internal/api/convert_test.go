@@ -118,7 +118,7 @@ func TestExecutionProto(t *testing.T) {
 		},
 		Limits:        engine.Limits{MemoryBytes: 1, CPUMillis: 2, PIDs: 3},
 		Policies:      execution.Policies{OnLimit: execution.Block, Retention: time.Hour, Detach: execution.CancelDetached, DetachGrace: &grace},
-		RetainedBytes: 4, Labels: map[string]string{"a": "b"}, Engine: "local", Sandbox: "box",
+		RetainedBytes: 4, Labels: map[string]string{"a": "b"}, Owner: "key:ci", Engine: "local", Sandbox: "box",
 		State: execution.Ended, Epoch: "e", Sequence: 9,
 		CreateTime: at(1), StartTime: at(2), EndTime: at(3),
 		Result: &execution.Result{
@@ -143,6 +143,7 @@ func TestExecutionProto(t *testing.T) {
 		OutputPolicy: &executorv1.OutputPolicy{RetainedBytes: 4, OnLimit: executorv1.OutputPolicy_ON_LIMIT_BLOCK, Retention: durationpb.New(time.Hour)},
 		DetachPolicy: &executorv1.DetachPolicy{Mode: executorv1.DetachPolicy_MODE_CANCEL, Grace: durationpb.New(0)},
 		Labels:       map[string]string{"a": "b"},
+		Owner:        "key:ci",
 		Cursor:       &executorv1.Cursor{Epoch: "e", Sequence: 9},
 		CreateTime:   stamp(1), StartTime: stamp(2), EndTime: stamp(3),
 		Result: &executorv1.Result{
@@ -190,7 +191,7 @@ func TestNoFieldForgotten(t *testing.T) {
 		sessionProto(session.Session{
 			ID: "s", State: session.Terminated, Reason: session.Expired, Detail: "d", Engine: "local", Sandbox: "b",
 			Limits:   engine.Limits{MemoryBytes: 1, CPUMillis: 1, PIDs: 1},
-			Lifetime: 1, Labels: map[string]string{"a": "b"}, CreateTime: at(1), EndTime: at(1),
+			Lifetime: 1, Labels: map[string]string{"a": "b"}, Owner: "key:ci", CreateTime: at(1), EndTime: at(1),
 		}),
 	}
 	var check func(message protoreflect.Message)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/auth"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/idempotency"
 	"google.golang.org/grpc/peer"
@@ -68,7 +69,7 @@ type executorService struct {
 
 // StartExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) StartExecution(ctx context.Context, req *executorv1.StartExecutionRequest) (*executorv1.StartExecutionResponse, error) {
-	request, err := newRequest(req)
+	request, err := newRequest(ctx, req)
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +86,7 @@ func (s *executorService) StartExecution(ctx context.Context, req *executorv1.St
 
 // WaitExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) WaitExecution(ctx context.Context, req *executorv1.WaitExecutionRequest) (*executorv1.WaitExecutionResponse, error) {
-	ref, err := parseExecutionName(req.GetName())
+	ref, err := parseExecutionName(ctx, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +121,7 @@ func waited(ctx, wait context.Context, err error) bool {
 
 // GetExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) GetExecution(ctx context.Context, req *executorv1.GetExecutionRequest) (*executorv1.GetExecutionResponse, error) {
-	ref, err := parseExecutionName(req.GetName())
+	ref, err := parseExecutionName(ctx, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +141,7 @@ func (s *executorService) GetExecution(ctx context.Context, req *executorv1.GetE
 // ListExecutions implements executorv1.ExecutorServiceServer.
 func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.ListExecutionsRequest) (*executorv1.ListExecutionsResponse, error) {
 	size := pageSize(req.GetPageSize())
-	query := execution.Query{Limit: size + 1}
+	query := execution.Query{Caller: callerOf(ctx), Limit: size + 1}
 	mask, err := parseReadMask(req.GetReadMask(), (*executorv1.Execution)(nil))
 	if err != nil {
 		return nil, err
@@ -183,7 +184,7 @@ func (s *executorService) ListExecutions(ctx context.Context, req *executorv1.Li
 
 // CancelExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) CancelExecution(ctx context.Context, req *executorv1.CancelExecutionRequest) (*executorv1.CancelExecutionResponse, error) {
-	ref, err := parseExecutionName(req.GetName())
+	ref, err := parseExecutionName(ctx, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +208,7 @@ func (s *executorService) CancelExecution(ctx context.Context, req *executorv1.C
 
 // DeleteExecution implements executorv1.ExecutorServiceServer.
 func (s *executorService) DeleteExecution(ctx context.Context, req *executorv1.DeleteExecutionRequest) (*executorv1.DeleteExecutionResponse, error) {
-	ref, err := parseExecutionName(req.GetName())
+	ref, err := parseExecutionName(ctx, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -221,17 +222,29 @@ func (s *executorService) DeleteExecution(ctx context.Context, req *executorv1.D
 	return &executorv1.DeleteExecutionResponse{}, nil
 }
 
-// requester says who asks: in their own words, and from which address.
-func requester(ctx context.Context, name string) string {
-	if name == "" {
-		name = "unnamed caller"
+// requester says who asks: who the caller is, which nobody can make up, from which
+// address, and in their own words. On a server that asks nobody who they are the words
+// are all there is.
+func requester(ctx context.Context, words string) string {
+	principal := principalOf(ctx)
+	if words == "" {
+		words = "unnamed caller"
 	}
-	address := "unknown address"
-	if p, ok := peer.FromContext(ctx); ok {
-		if address = p.Addr.String(); address == "" || address == "@" {
-			// The client's end of a unix socket has no name.
-			address = p.Addr.Network() + " socket"
-		}
+	if principal == auth.Local() {
+		return fmt.Sprintf("%s (%s)", words, address(ctx))
 	}
-	return fmt.Sprintf("%s (%s)", name, address)
+	return fmt.Sprintf("%s at %s (%s)", principal.Name, address(ctx), words)
+}
+
+// address is where a call comes from.
+func address(ctx context.Context) string {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return "unknown address"
+	}
+	if text := p.Addr.String(); text != "" && text != "@" {
+		return text
+	}
+	// The client's end of a unix socket has no name.
+	return p.Addr.Network() + " socket"
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/auth"
 	"github.com/harvest-run/executord/internal/execution"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -280,8 +281,15 @@ func TestRequesterAddress(t *testing.T) {
 			}
 		})
 	}
-	if got := requester(context.Background(), "ann"); got != "ann (unknown address)" {
-		t.Errorf("without a peer: %q", got)
+	for want, principal := range map[string]auth.Principal{
+		"ann (unknown address)":                auth.Local(),
+		"key:ci at unknown address (ann)":      {Name: "key:ci", Role: auth.User},
+		"cert:CN=ops at unknown address (ann)": {Name: "cert:CN=ops", Role: auth.Operator},
+	} {
+		ctx := context.WithValue(context.Background(), principalKey{}, principal)
+		if got := requester(ctx, "ann"); got != want {
+			t.Errorf("without a peer: %q, want %q", got, want)
+		}
 	}
 }
 

@@ -6,12 +6,15 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/auth"
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
@@ -45,6 +48,8 @@ type fakeExecutions struct {
 	watchers int
 	// onStart writes the log of a new execution; nil leaves it empty.
 	onStart func(*fakeLog)
+	// parents, if it is set, has the sessions that something can be started in.
+	parents *fakeSessions
 	// hook is called first by each method; its error is returned.
 	hook func(ctx context.Context, method string) error
 }
@@ -77,11 +82,14 @@ func (f *fakeExecutions) add(e execution.Execution) *fakeLog {
 func (f *fakeExecutions) log(ref execution.Ref) (*fakeLog, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if l, ok := f.logs[ref]; ok {
+	if l, ok := f.logs[bare(ref)]; ok && ref.Caller.Sees(l.read().Owner) {
 		return l, nil
 	}
 	return nil, fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "execution %q does not exist", ref.ID)
 }
+
+// bare is a ref without who names it.
+func bare(ref execution.Ref) execution.Ref { return execution.Ref{Session: ref.Session, ID: ref.ID} }
 
 func (f *fakeExecutions) openWatchers() int {
 	f.mu.Lock()
@@ -101,11 +109,18 @@ func (f *fakeExecutions) Start(ctx context.Context, r execution.Request) (execut
 	if r.Session != "" && r.Limits != (engine.Limits{}) {
 		return execution.Execution{}, fault.InvalidField("LIMITS_WITH_PARENT", "limits", "must not be set with a parent")
 	}
+	if r.Session != "" && f.parents != nil {
+		if _, err := f.parents.Get(ctx, session.Ref{ID: r.Session, Caller: r.Caller}); err != nil {
+			return execution.Execution{}, err
+		}
+	}
 	f.mu.Lock()
+	by := r.Caller
+	r.Caller = caller.Caller{} // every request has one: the tests of callers look at the owner
 	f.requests = append(f.requests, r)
 	f.mu.Unlock()
 	e := execution.Execution{
-		ID: "new", Session: r.Session, Command: r.Command, Limits: r.Limits, Labels: r.Labels,
+		ID: "new", Owner: by.Owner, Session: r.Session, Command: r.Command, Limits: r.Limits, Labels: r.Labels,
 		RetainedBytes: r.RetainedBytes, State: execution.Starting, CreateTime: time.Unix(1, 0),
 	}
 	l := f.add(e)
@@ -146,6 +161,7 @@ func (f *fakeExecutions) List(ctx context.Context, q execution.Query) ([]executi
 	var found []execution.Execution
 	for ref, l := range f.logs {
 		switch {
+		case !q.Caller.Sees(l.record.Owner):
 		case q.Before != "" && ref.ID >= q.Before,
 			q.Session != "" && ref.Session != q.Session,
 			q.InAnySession && ref.Session == "":
@@ -260,7 +276,7 @@ func (f *fakeExecutions) Delete(ctx context.Context, ref execution.Ref, key idem
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	delete(f.logs, ref)
+	delete(f.logs, bare(ref))
 	return nil
 }
 
@@ -395,34 +411,36 @@ func (f *fakeSessions) Create(_ context.Context, r session.Request) (session.Ses
 		return session.Session{}, f.err
 	}
 	f.mu.Lock()
+	by := r.Caller
+	r.Caller = caller.Caller{}
 	f.requests = append(f.requests, r)
 	f.keys = append(f.keys, r.Key)
 	f.mu.Unlock()
-	s := session.Session{ID: "s1", State: session.Starting, Limits: r.Limits, Lifetime: r.Lifetime, Labels: r.Labels}
+	s := session.Session{ID: "s1", Owner: by.Owner, State: session.Starting, Limits: r.Limits, Lifetime: r.Lifetime, Labels: r.Labels}
 	f.put(s)
 	return s, nil
 }
 
-func (f *fakeSessions) Get(_ context.Context, id string) (session.Session, error) {
+func (f *fakeSessions) Get(_ context.Context, ref session.Ref) (session.Session, error) {
 	if f.err != nil {
 		return session.Session{}, f.err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if s, ok := f.sessions[id]; ok {
+	if s, ok := f.sessions[ref.ID]; ok && ref.Caller.Sees(s.Owner) {
 		return s, nil
 	}
-	return session.Session{}, fault.New(fault.NotFound, "SESSION_NOT_FOUND", "session %q does not exist", id)
+	return session.Session{}, fault.New(fault.NotFound, "SESSION_NOT_FOUND", "session %q does not exist", ref.ID)
 }
 
-func (f *fakeSessions) WaitStarted(ctx context.Context, id string) (session.Session, error) {
-	s, err := f.Get(ctx, id)
+func (f *fakeSessions) WaitStarted(ctx context.Context, ref session.Ref) (session.Session, error) {
+	s, err := f.Get(ctx, ref)
 	if err != nil {
 		return session.Session{}, err
 	}
 	select {
 	case <-f.started:
-		return f.Get(ctx, id)
+		return f.Get(ctx, ref)
 	case <-ctx.Done():
 		return s, context.Cause(ctx)
 	}
@@ -437,7 +455,7 @@ func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Sessi
 	f.queries = append(f.queries, q)
 	var found []session.Session
 	for id, s := range f.sessions {
-		if (q.Before == "" || id < q.Before) && (q.Terminated || s.State != session.Terminated) {
+		if q.Caller.Sees(s.Owner) && (q.Before == "" || id < q.Before) && (q.Terminated || s.State != session.Terminated) {
 			found = append(found, s)
 		}
 	}
@@ -448,8 +466,8 @@ func (f *fakeSessions) List(_ context.Context, q session.Query) ([]session.Sessi
 	return found[:min(len(found), q.Limit)], "", nil
 }
 
-func (f *fakeSessions) Terminate(ctx context.Context, id, requester string, key idempotency.Key) (session.Session, error) {
-	s, err := f.Get(ctx, id)
+func (f *fakeSessions) Terminate(ctx context.Context, ref session.Ref, requester string, key idempotency.Key) (session.Session, error) {
+	s, err := f.Get(ctx, ref)
 	if err != nil {
 		return session.Session{}, err
 	}
@@ -476,6 +494,8 @@ type bench struct {
 	executions *fakeExecutions
 	sessions   *fakeSessions
 	info       *fakeInfo
+	keys       *auth.Keys
+	keyStore   *memoryKeys
 	// shutdown ends the server's shutdown context.
 	shutdown context.CancelCauseFunc
 	logs     *syncBuffer
@@ -484,6 +504,7 @@ type bench struct {
 	executor executorv1.ExecutorServiceClient
 	session  executorv1.SessionServiceClient
 	admin    executorv1.AdminServiceClient
+	auth     executorv1.AuthServiceClient
 }
 
 // newBench serves until the test ends.
@@ -493,10 +514,16 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 		executions: &fakeExecutions{},
 		sessions:   &fakeSessions{started: make(chan struct{})},
 		info:       &fakeInfo{},
+		keyStore:   &memoryKeys{},
 		logs:       &syncBuffer{},
 	}
+	keys, err := auth.OpenKeys(t.Context(), b.keyStore, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.keys = keys
 	cfg := Config{
-		Executions: b.executions, Sessions: b.sessions, Info: b.info, Reflection: true,
+		Executions: b.executions, Sessions: b.sessions, Info: b.info, Keys: keys, Reflection: true,
 		Logger: slog.New(slog.NewTextHandler(b.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, f := range change {
@@ -538,8 +565,38 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 	b.executor = executorv1.NewExecutorServiceClient(conn)
 	b.session = executorv1.NewSessionServiceClient(conn)
 	b.admin = executorv1.NewAdminServiceClient(conn)
+	b.auth = executorv1.NewAuthServiceClient(conn)
 	return b
 }
+
+// memoryKeys is a store of API keys that keeps them nowhere else.
+type memoryKeys struct{ err error }
+
+func (m *memoryKeys) InsertKey(context.Context, auth.Key) error   { return m.err }
+func (m *memoryKeys) UpdateKey(context.Context, auth.Key) error   { return m.err }
+func (m *memoryKeys) AllKeys(context.Context) ([]auth.Key, error) { return nil, m.err }
+
+// waitUntil waits, for long, until something is so.
+func waitUntil(t *testing.T, so func() bool) {
+	t.Helper()
+	for range 3000 {
+		if so() {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("it did not come about")
+}
+
+func copyFile(from, to string) error {
+	content, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, content, 0o600)
+}
+
+func textLogger(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
 // syncBuffer is a bytes.Buffer for several goroutines.
 type syncBuffer struct {

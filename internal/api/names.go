@@ -1,10 +1,12 @@
 package api
 
 import (
+	"context"
 	"strings"
 
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/session"
 )
 
 const (
@@ -23,9 +25,10 @@ func executionName(ref execution.Ref) string {
 }
 
 // parseExecutionName is its inverse. The rules of the protos let only such names
-// through; another is a fault Invalid all the same.
-func parseExecutionName(name string) (execution.Ref, error) {
-	var ref execution.Ref
+// through; another is a fault Invalid all the same. The name is the caller's: what it
+// does not see does not exist.
+func parseExecutionName(ctx context.Context, name string) (execution.Ref, error) {
+	ref := execution.Ref{Caller: callerOf(ctx)}
 	rest := name
 	if after, ok := strings.CutPrefix(name, sessionPrefix); ok {
 		ref.Session, rest, ok = strings.Cut(after, "/")
@@ -44,13 +47,13 @@ func parseExecutionName(name string) (execution.Ref, error) {
 // sessionName is the resource name of a session.
 func sessionName(id string) string { return sessionPrefix + id }
 
-// parseSessionName is its inverse.
-func parseSessionName(name string) (string, error) {
+// parseSessionName is its inverse, with the caller, as parseExecutionName.
+func parseSessionName(ctx context.Context, name string) (session.Ref, error) {
 	id, ok := strings.CutPrefix(name, sessionPrefix)
 	if !ok || !isID(id) {
-		return "", errName("sessions/{session}")
+		return session.Ref{}, errName("sessions/{session}")
 	}
-	return id, nil
+	return session.Ref{ID: id, Caller: callerOf(ctx)}, nil
 }
 
 // parseParent returns the session's id in a parent, "" for the empty one.

@@ -7,6 +7,7 @@ import (
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/session"
 )
 
 func TestExecutionNames(t *testing.T) {
@@ -14,7 +15,7 @@ func TestExecutionNames(t *testing.T) {
 		"executions/e-1":             {ID: "e-1"},
 		"sessions/s1/executions/e-1": {Session: "s1", ID: "e-1"},
 	} {
-		ref, err := parseExecutionName(name)
+		ref, err := parseExecutionName(t.Context(), name)
 		if err != nil || ref != want {
 			t.Errorf("%q is %v, %v", name, ref, err)
 		}
@@ -27,19 +28,19 @@ func TestExecutionNames(t *testing.T) {
 		"sessions/a", "sessions//executions/a", "sessions/a/executions/", "sessions/a/b/executions/c",
 		"sessions/a/sessions/b/executions/c", "executions/a\n", "executions/é", "executions/" + strings.Repeat("a", 64),
 	} {
-		if ref, err := parseExecutionName(name); fault.KindOf(err) != fault.Invalid || ref != (execution.Ref{}) {
+		if ref, err := parseExecutionName(t.Context(), name); fault.KindOf(err) != fault.Invalid || ref != (execution.Ref{}) {
 			t.Errorf("%q is %v, %v", name, ref, err)
 		}
 	}
 }
 
 func TestSessionNames(t *testing.T) {
-	if id, err := parseSessionName("sessions/s1"); err != nil || sessionName(id) != "sessions/s1" {
-		t.Errorf("%q, %v", id, err)
+	if ref, err := parseSessionName(t.Context(), "sessions/s1"); err != nil || sessionName(ref.ID) != "sessions/s1" {
+		t.Errorf("%v, %v", ref, err)
 	}
 	for _, name := range []string{"", "sessions", "sessions/", "sessions/a/", "sessions/A", "s1", "executions/a"} {
-		if id, err := parseSessionName(name); fault.KindOf(err) != fault.Invalid || id != "" {
-			t.Errorf("%q is %q, %v", name, id, err)
+		if ref, err := parseSessionName(t.Context(), name); fault.KindOf(err) != fault.Invalid || ref != (session.Ref{}) {
+			t.Errorf("%q is %v, %v", name, ref, err)
 		}
 		if name == "" {
 			continue
@@ -63,7 +64,7 @@ func FuzzExecutionName(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, name string) {
-		ref, err := parseExecutionName(name)
+		ref, err := parseExecutionName(t.Context(), name)
 		if err == nil && executionName(ref) != name {
 			t.Errorf("%q comes back as %q", name, executionName(ref))
 		}

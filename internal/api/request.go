@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
@@ -22,7 +23,7 @@ type startRequest interface {
 
 // newRequest turns a request into the domain's. What the rules of the protos cannot say
 // the domain checks: it names the fields as the protos do.
-func newRequest(req startRequest) (execution.Request, error) {
+func newRequest(ctx context.Context, req startRequest) (execution.Request, error) {
 	session, err := parseParent(req.GetParent())
 	if err != nil {
 		return execution.Request{}, err
@@ -36,6 +37,7 @@ func newRequest(req startRequest) (execution.Request, error) {
 		return execution.Request{}, err
 	}
 	return execution.Request{
+		Caller:        callerOf(ctx),
 		Policies:      policies,
 		Session:       session,
 		Command:       command,

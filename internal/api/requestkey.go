@@ -82,5 +82,5 @@ func isParameter(field protoreflect.Name) bool {
 	return true
 }
 
-// owner is who makes a request. Nobody is told apart yet.
-func owner(context.Context) string { return "" }
+// owner is who makes a request, as things are owned.
+func owner(ctx context.Context) string { return callerOf(ctx).Owner }

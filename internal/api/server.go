@@ -17,6 +17,7 @@ import (
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/auth"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -42,6 +43,11 @@ type Config struct {
 	Executions Executions
 	Sessions   Sessions
 	Info       Info
+	Keys       Keys
+	// Auth finds out who is calling; nil asks nobody, and everybody may do everything.
+	Auth *auth.Authenticator
+	// Certificates, if not nil, are those of the server: it speaks TLS.
+	Certificates *auth.Certificates
 	// Logger gets one line per RPC and every internal error; never payloads.
 	Logger *slog.Logger
 	// PageTokenKey signs page tokens. Tokens are good for all servers that have the
@@ -89,14 +95,15 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	access := &accessLog{logger: cfg.Logger}
 	gate := &gate{validator: validator, statuses: statuses}
 	drain := &drain{follow: func(f func()) func() bool { return context.AfterFunc(shutdown, f) }}
+	rules, err := rules()
+	if err != nil {
+		return nil, err
+	}
+	guard := &guard{auth: cfg.Auth, rules: rules, statuses: statuses, refusals: &refusals{logger: cfg.Logger}}
 	onPanic := recovery.WithRecoveryHandlerContext(statuses.recovered)
 
-	var observed []grpc.ServerOption
-	if cfg.Stats != nil {
-		observed = append(observed, grpc.StatsHandler(cfg.Stats))
-	}
 	// Outermost first.
-	server := grpc.NewServer(append(observed,
+	options := []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(
 			// Sees the final status, also that of a panic: must be first.
 			access.unary,
@@ -104,6 +111,9 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 			recovery.UnaryServerInterceptor(onPanic),
 			// Ends the context when the server stops: must be above what waits.
 			drain.unary,
+			// Refuses who may not call: must be above gate, so that nothing of a stranger's
+			// request is looked at.
+			guard.unary,
 			// Turns faults into statuses; refuses bad requests: must be last, so that
 			// the handler gets only good ones and everything above sees statuses.
 			gate.unary,
@@ -113,6 +123,7 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 			access.stream,
 			recovery.StreamServerInterceptor(onPanic),
 			drain.stream,
+			guard.stream,
 			gate.stream,
 		),
 		grpc.ForceServerCodecV2(newCodec()),
@@ -124,7 +135,14 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
-	)...)
+	}
+	if cfg.Certificates != nil {
+		options = append(options, grpc.Creds(newServerCredentials(cfg.Certificates)))
+	}
+	if cfg.Stats != nil {
+		options = append(options, grpc.StatsHandler(cfg.Stats))
+	}
+	server := grpc.NewServer(options...)
 	s := &Server{
 		grpc: server, health: health.NewServer(),
 		senders: &senders{patience: cfg.SlowConsumerAfter, statuses: statuses},
@@ -135,9 +153,13 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	})
 	executorv1.RegisterSessionServiceServer(services, &sessionService{sessions: cfg.Sessions, tokens: tokens, keys: keys})
 	executorv1.RegisterAdminServiceServer(services, &adminService{info: cfg.Info})
+	executorv1.RegisterAuthServiceServer(services, &authService{keys: cfg.Keys, tokens: tokens})
 	healthpb.RegisterHealthServer(server, s.health)
 	if cfg.Reflection {
 		reflection.Register(server)
+	}
+	if err := checkRules(rules, server.GetServiceInfo()); err != nil {
+		return nil, err
 	}
 	s.SetServing(true)
 	return s, nil
@@ -164,6 +186,7 @@ func (s *Server) SetServing(serving bool) {
 		executorv1.ExecutorService_ServiceDesc.ServiceName,
 		executorv1.SessionService_ServiceDesc.ServiceName,
 		executorv1.AdminService_ServiceDesc.ServiceName,
+		executorv1.AuthService_ServiceDesc.ServiceName,
 	} {
 		s.health.SetServingStatus(name, status)
 	}

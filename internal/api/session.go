@@ -14,16 +14,16 @@ type Sessions interface {
 	// first one's.
 	Create(ctx context.Context, r session.Request) (session.Session, error)
 	// Get reads one.
-	Get(ctx context.Context, id string) (session.Session, error)
+	Get(ctx context.Context, ref session.Ref) (session.Session, error)
 	// WaitStarted returns one when it has left Starting. When ctx ends first it returns
 	// it as it is, and ctx's cause.
-	WaitStarted(ctx context.Context, id string) (session.Session, error)
+	WaitStarted(ctx context.Context, ref session.Ref) (session.Session, error)
 	// List reads a page. next is the id behind which to go on if looking for more would
 	// have taken too long, "" otherwise.
 	List(ctx context.Context, q session.Query) (page []session.Session, next string, err error)
 	// Terminate ends one and returns it when its sandbox is gone. When ctx ends first
 	// the ending goes on.
-	Terminate(ctx context.Context, id, requester string, key idempotency.Key) (session.Session, error)
+	Terminate(ctx context.Context, ref session.Ref, requester string, key idempotency.Key) (session.Session, error)
 }
 
 // sessionService implements the SessionService.
@@ -45,7 +45,7 @@ func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.Crea
 		return nil, err
 	}
 	created, err := s.sessions.Create(ctx, session.Request{
-		Limits: limitsOf(req.GetLimits()), Lifetime: lifetime, Labels: req.GetLabels(), Key: key,
+		Caller: callerOf(ctx), Limits: limitsOf(req.GetLimits()), Lifetime: lifetime, Labels: req.GetLabels(), Key: key,
 	})
 	if err != nil {
 		return nil, err
@@ -55,7 +55,7 @@ func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.Crea
 
 // GetSession implements executorv1.SessionServiceServer.
 func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSessionRequest) (*executorv1.GetSessionResponse, error) {
-	id, err := parseSessionName(req.GetName())
+	ref, err := parseSessionName(ctx, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -69,11 +69,11 @@ func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSess
 	}
 	var found session.Session
 	if timeout == 0 {
-		found, err = s.sessions.Get(ctx, id)
+		found, err = s.sessions.Get(ctx, ref)
 	} else {
 		wait, cancel := context.WithTimeoutCause(ctx, timeout, errWaited)
 		defer cancel()
-		if found, err = s.sessions.WaitStarted(wait, id); waited(ctx, wait, err) {
+		if found, err = s.sessions.WaitStarted(wait, ref); waited(ctx, wait, err) {
 			err = nil
 		}
 	}
@@ -92,7 +92,7 @@ func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListS
 		scope = "all"
 	}
 	size := pageSize(req.GetPageSize())
-	query := session.Query{Limit: size + 1, Terminated: req.GetShowTerminated()}
+	query := session.Query{Caller: callerOf(ctx), Limit: size + 1, Terminated: req.GetShowTerminated()}
 	mask, err := parseReadMask(req.GetReadMask(), (*executorv1.Session)(nil))
 	if err != nil {
 		return nil, err
@@ -130,7 +130,7 @@ func (s *sessionService) ListSessions(ctx context.Context, req *executorv1.ListS
 
 // TerminateSession implements executorv1.SessionServiceServer.
 func (s *sessionService) TerminateSession(ctx context.Context, req *executorv1.TerminateSessionRequest) (*executorv1.TerminateSessionResponse, error) {
-	id, err := parseSessionName(req.GetName())
+	ref, err := parseSessionName(ctx, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +138,7 @@ func (s *sessionService) TerminateSession(ctx context.Context, req *executorv1.T
 	if err != nil {
 		return nil, err
 	}
-	ended, err := s.sessions.Terminate(ctx, id, requester(ctx, req.GetRequester()), key)
+	ended, err := s.sessions.Terminate(ctx, ref, requester(ctx, req.GetRequester()), key)
 	if err != nil {
 		return nil, err
 	}

@@ -115,6 +115,10 @@ func (s *statuses) ofFault(e *fault.Error, resource string) error {
 		if len(e.Quotas) > 0 {
 			details = append(details, quotaFailure(e.Quotas))
 		}
+	case fault.Unauthenticated:
+		code = codes.Unauthenticated
+	case fault.PermissionDenied:
+		code = codes.PermissionDenied
 	case fault.Unavailable:
 		code = codes.Unavailable
 		if retryAfter <= 0 {
@@ -159,6 +163,7 @@ func quotaFailure(quotas []fault.Quota) *errdetails.QuotaFailure {
 	for _, quota := range quotas {
 		failure.Violations = append(failure.Violations, &errdetails.QuotaFailure_Violation{
 			Subject: clip(quota.Subject, maxDetailBytes), Description: clip(quota.Description, maxDetailBytes),
+			QuotaId: quota.Name, QuotaValue: quota.Limit,
 		})
 	}
 	return failure
@@ -168,6 +173,9 @@ func quotaFailure(quotas []fault.Quota) *errdetails.QuotaFailure {
 func resourceInfo(reason, resource, description string) *errdetails.ResourceInfo {
 	info := &errdetails.ResourceInfo{
 		ResourceType: apiPackage + ".Execution", ResourceName: resource, Description: description,
+	}
+	if strings.HasPrefix(reason, "KEY_") {
+		info.ResourceType = apiPackage + ".ApiKey"
 	}
 	if strings.HasPrefix(reason, "SESSION_") {
 		info.ResourceType = apiPackage + ".Session"

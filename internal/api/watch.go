@@ -28,7 +28,7 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 	if err != nil {
 		return err
 	}
-	request, err := newRequest(req)
+	request, err := newRequest(stream.Context(), req)
 	if err != nil {
 		return err
 	}
@@ -54,7 +54,7 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 // SERVER_DRAINING would say that there is none. The watcher that it returns tells what
 // comes behind that.
 func (s *executorService) greet(ctx context.Context, e execution.Execution, send func(*executorv1.Event) error) (Watcher, error) {
-	ref := execution.Ref{Session: e.Session, ID: e.ID}
+	ref := execution.Ref{Session: e.Session, ID: e.ID, Caller: callerOf(ctx)}
 	watcher, err := s.executions.Watch(ctx, ref, nil)
 	if err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func (s *executorService) WatchExecution(req *executorv1.WatchExecutionRequest, 
 	if err != nil {
 		return err
 	}
-	ref, err := parseExecutionName(req.GetName())
+	ref, err := parseExecutionName(stream.Context(), req.GetName())
 	if err != nil {
 		return err
 	}
@@ -166,7 +166,7 @@ func (s *eventSender) tell(event *executorv1.Event) error {
 
 // ReadOutput implements executorv1.ExecutorServiceServer.
 func (s *executorService) ReadOutput(req *executorv1.ReadOutputRequest, stream grpc.ServerStreamingServer[executorv1.ReadOutputResponse]) error {
-	ref, err := parseExecutionName(req.GetName())
+	ref, err := parseExecutionName(stream.Context(), req.GetName())
 	if err != nil {
 		return err
 	}

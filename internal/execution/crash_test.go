@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
@@ -103,7 +104,7 @@ func (m *mortal) Open(ctx context.Context, id string) (sb engine.Sandbox, err er
 	return mortalSandbox{sb, m}, nil
 }
 
-func (m *mortal) Sandbox(ctx context.Context, id string) (engine.Sandbox, error) {
+func (m *mortal) Sandbox(ctx context.Context, id string, _ caller.Caller) (engine.Sandbox, error) {
 	return m.Open(ctx, "s-"+id)
 }
 

@@ -16,6 +16,8 @@ type Execution struct {
 	ID string
 	// Session is the id of the session it runs in; "" for a one-shot.
 	Session string
+	// Owner is the caller who started it; "" if that was not noted.
+	Owner string
 	// Command is what was asked for. The values of Env and the end of a long Source
 	// are not stored: of what comes from a store they are empty.
 	Command Command

@@ -20,6 +20,7 @@ import (
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/admission"
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
@@ -123,6 +124,7 @@ func (m *memory) ListExecutions(_ context.Context, q execution.Query) (page []ex
 		for _, id := range ids {
 			e := m.records[id]
 			switch {
+			case !q.Caller.Sees(e.Owner):
 			case q.Session != "" && e.Session != q.Session, q.InAnySession && e.Session == "",
 				q.Before != "" && !q.Ascending && id >= q.Before, q.Ascending && id <= q.Before,
 				q.MinID != "" && id < q.MinID, q.MaxID != "" && id > q.MaxID, q.Unfinished && e.State == execution.Ended:
@@ -153,6 +155,20 @@ func (m *memory) UnfinishedExecutions(context.Context) (all []execution.Executio
 		return nil
 	})
 	return all, err
+}
+
+func (m *memory) StoredBytes(_ context.Context, owner string) (sum int64, err error) {
+	err = m.do("sum", execution.Execution{}, func() error {
+		for _, e := range m.records {
+			if e.Owner == owner && e.Result != nil {
+				for _, total := range e.Result.Totals {
+					sum += total.Size - total.Dropped
+				}
+			}
+		}
+		return nil
+	})
+	return sum, err
 }
 
 func (m *memory) DeleteExecution(_ context.Context, id string) error {
@@ -239,7 +255,7 @@ type sessions struct {
 	expires  time.Time
 }
 
-func (s *sessions) Sandbox(_ context.Context, id string) (engine.Sandbox, error) {
+func (s *sessions) Sandbox(_ context.Context, id string, _ caller.Caller) (engine.Sandbox, error) {
 	if s.hook != nil {
 		s.hook()
 	}
@@ -274,6 +290,7 @@ type rig struct {
 	sessions *sessions
 	config   func(*execution.Config) // changes that of the Services that are opened
 	dir      string
+	quota    execution.Quota
 	log      *lockedBuffer
 	// pool and admission are the Config's.
 	pool      execution.Pool
@@ -318,7 +335,7 @@ func (r *rig) open() {
 	r.t.Helper()
 	cfg := execution.Config{
 		Engine: r.engine, Store: r.store, Sessions: r.sessions, Dir: r.dir, Pool: r.pool, Admission: r.admission,
-		DefaultRetainedBytes: 64 << 20, MaxRetainedBytes: 1 << 30,
+		DefaultRetainedBytes: 64 << 20, MaxRetainedBytes: 1 << 30, Quota: r.quota,
 		Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	}
 	if r.config != nil {

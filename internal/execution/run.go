@@ -48,6 +48,7 @@ type run struct {
 	service *Service
 	id      string
 	session string
+	owner   string
 	log     *logHandle
 	cancel  context.CancelCauseFunc // ends the leading goroutine
 	done    chan struct{}           // closed when the end is recorded
@@ -110,7 +111,7 @@ var (
 func newRun(s *Service, e Execution, log *logHandle, sandbox engine.Sandbox) (context.Context, *run) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	r := &run{
-		service: s, id: e.ID, session: e.Session, log: log, sandbox: sandbox, record: e,
+		service: s, id: e.ID, session: e.Session, owner: e.Owner, log: log, sandbox: sandbox, record: e,
 		cancel: cancel, done: make(chan struct{}), left: make(chan struct{}),
 		times: Times{Queued: e.CreateTime},
 	}

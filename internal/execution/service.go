@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/internal/admission"
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/fault"
@@ -20,8 +21,9 @@ import (
 // Sessions finds the sandboxes of sessions.
 type Sessions interface {
 	// Sandbox returns the running sandbox of a session. Faults: NotFound
-	// (SESSION_NOT_FOUND), FailedPrecondition (SESSION_NOT_RUNNING).
-	Sandbox(ctx context.Context, sessionID string) (engine.Sandbox, error)
+	// (SESSION_NOT_FOUND, also for one that the caller does not see),
+	// FailedPrecondition (SESSION_NOT_RUNNING).
+	Sandbox(ctx context.Context, sessionID string, by caller.Caller) (engine.Sandbox, error)
 	// Expiry returns when the lifetime of a session ends, and how long it is as a whole.
 	Expiry(ctx context.Context, sessionID string) (time.Time, time.Duration, error)
 }
@@ -52,6 +54,8 @@ type Config struct {
 	// CheckRoom returns a fault while the disk has no room for new work; nil tries all
 	// the same.
 	CheckRoom func() error
+	// Quota bounds what each owner has.
+	Quota Quota
 	// Observer is told of executions; nil if nobody wants to know.
 	Observer Observer
 	Logger   *slog.Logger
@@ -84,6 +88,8 @@ var ErrClosed error = &fault.Error{
 
 // Request asks for an execution.
 type Request struct {
+	// Caller asks, and will be the owner.
+	Caller caller.Caller
 	// Session is the id of the session to run in; "" for a sandbox of its own.
 	Session string
 	Command Command
@@ -100,7 +106,11 @@ type Request struct {
 }
 
 // Ref names an execution: the id of its session, "" for a one-shot, and its own.
-type Ref struct{ Session, ID string }
+// Caller is who names it; for a caller who does not see it, it does not exist.
+type Ref struct {
+	Session, ID string
+	Caller      caller.Caller
+}
 
 // New makes a Service.
 func New(cfg Config) (*Service, error) {
@@ -155,6 +165,9 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 			return Execution{}, err
 		}
 	}
+	if err := s.checkQuota(ctx, r.Caller.Owner); err != nil {
+		return Execution{}, err
+	}
 	e, sandbox, err := s.plan(ctx, r)
 	if err != nil {
 		return Execution{}, err
@@ -190,7 +203,7 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	defer s.work.Done()
 	run.slot, leads = slot, true
 	e.Sandbox = run.claim()
-	if err := s.register(ctx, e, r.Key); err != nil {
+	if err := s.register(ctx, e, r.Caller, r.Key); err != nil {
 		run.discard(ctx)
 		run.forget()
 		return Execution{}, err
@@ -211,11 +224,11 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 }
 
 // register records an execution whose run has been admitted.
-func (s *Service) register(ctx context.Context, e Execution, key idempotency.Key) error {
+func (s *Service) register(ctx context.Context, e Execution, by caller.Caller, key idempotency.Key) error {
 	if e.Session != "" {
 		// Asked again: a session that began to end before the run was admitted has not
 		// found it, and one that begins now will.
-		if _, err := s.cfg.Sessions.Sandbox(ctx, e.Session); err != nil {
+		if _, err := s.cfg.Sessions.Sandbox(ctx, e.Session, by); err != nil {
 			return err
 		}
 	}
@@ -235,7 +248,7 @@ func (s *Service) register(ctx context.Context, e Execution, key idempotency.Key
 func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbox, error) {
 	now := time.Now()
 	e := Execution{
-		ID: newID(now), Session: r.Session, Labels: r.Labels,
+		ID: newID(now), Session: r.Session, Owner: r.Caller.Owner, Labels: r.Labels,
 		Engine: s.cfg.Engine.Name(), State: Starting, CreateTime: now, RetainedBytes: r.RetainedBytes,
 		Policies: r.Policies.withDefaults(s.cfg.Retention.MaxAge),
 	}
@@ -259,7 +272,7 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 	if r.Limits != (engine.Limits{}) {
 		return e, nil, fault.InvalidField("LIMITS_WITH_PARENT", "limits", "must not be set with a parent: the session's sandbox has its own limits")
 	}
-	sandbox, err := s.cfg.Sessions.Sandbox(ctx, r.Session)
+	sandbox, err := s.cfg.Sessions.Sandbox(ctx, r.Session, r.Caller)
 	if err != nil {
 		return e, nil, err
 	}
@@ -278,6 +291,9 @@ func (s *Service) admit(r *run) error {
 	defer s.mu.Unlock()
 	if s.draining || s.closed {
 		return admission.Draining()
+	}
+	if err := s.checkRunningLocked(r.owner); err != nil {
+		return err
 	}
 	s.addLocked(r)
 	s.work.Add(1)
@@ -331,13 +347,28 @@ func (s *Service) Running() int {
 	return len(s.runs)
 }
 
-// Get reads an execution. A fault NotFound if there is none of this name.
+// Get reads an execution. A fault NotFound if there is none of this name that the
+// caller sees.
 func (s *Service) Get(ctx context.Context, ref Ref) (Execution, error) {
-	e, err := s.get(ctx, ref.ID)
-	if err == nil && e.Session != ref.Session {
-		e, err = Execution{}, fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "no execution %q", ref.ID)
+	if r, ok := s.visible(ref); ok {
+		return r.snapshot(), nil
+	}
+	// The store is asked about a foreign one too: so the answer takes as long as that
+	// for one that does not exist.
+	e, err := s.cfg.Store.GetExecution(ctx, ref.ID)
+	if err == nil && (e.Session != ref.Session || !ref.Caller.Sees(e.Owner)) {
+		return Execution{}, fault.New(fault.NotFound, "EXECUTION_NOT_FOUND", "there is no execution %q", ref.ID)
 	}
 	return e, err
+}
+
+// visible returns the run of an execution that has not ended and that ref's caller sees.
+func (s *Service) visible(ref Ref) (*run, bool) {
+	r, ok := s.find(ref.ID)
+	if !ok || r.session != ref.Session || !ref.Caller.Sees(r.owner) {
+		return nil, false
+	}
+	return r, true
 }
 
 // get reads an execution, whatever session it is in.
@@ -351,7 +382,7 @@ func (s *Service) get(ctx context.Context, id string) (Execution, error) {
 // Wait returns an execution when it has ended. When ctx ends first it returns the
 // execution as it is, and ctx's cause; when the Service is closed, ErrClosed.
 func (s *Service) Wait(ctx context.Context, ref Ref) (Execution, error) {
-	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
+	if r, ok := s.visible(ref); ok {
 		err := r.wait(ctx)
 		return r.snapshot(), err
 	}
@@ -388,7 +419,7 @@ func (s *Service) Cancel(ctx context.Context, ref Ref, c Cancellation) (Executio
 			return Execution{}, err
 		}
 	}
-	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
+	if r, ok := s.visible(ref); ok {
 		r.stop(stopOrder{reason: Cancelled, grace: c.Grace, by: c.By, detail: "cancelled by " + c.By})
 	}
 	// While the processes end the disk can be at work.

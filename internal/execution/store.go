@@ -3,6 +3,7 @@ package execution
 import (
 	"context"
 
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/filter"
 	"github.com/harvest-run/executord/internal/idempotency"
 )
@@ -33,6 +34,8 @@ type Store interface {
 	ExecutionsWindow(ctx context.Context, q Query) (string, error)
 	// UnfinishedExecutions reads all that are not Ended, the oldest first.
 	UnfinishedExecutions(ctx context.Context) ([]Execution, error)
+	// StoredBytes is how much output is kept of the ended executions of an owner.
+	StoredBytes(ctx context.Context, owner string) (int64, error)
 	// DeleteExecution removes one, at once; a fault NotFound if there is none.
 	DeleteExecution(ctx context.Context, id string) error
 	// DeleteExecutionOnce is DeleteExecution, and records the request for it or does
@@ -49,6 +52,8 @@ type Store interface {
 
 // Query chooses executions for a page.
 type Query struct {
+	// Caller restricts to those that it sees.
+	Caller caller.Caller
 	// Session restricts to one session's; "" does not.
 	Session string
 	// InAnySession restricts to those that run in a session.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/internal/admission"
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/fault"
@@ -104,7 +105,7 @@ func (m *memory) ListSessions(_ context.Context, q session.Query) (page []sessio
 		}
 		for _, id := range ids {
 			s := m.records[id]
-			if (q.Before == "" || (id < q.Before) != q.Ascending && id != q.Before) && (q.Last == "" || (id > q.Last) != q.Ascending || id == q.Last) && (q.Terminated || s.State != session.Terminated) && len(page) < q.Limit {
+			if q.Caller.Sees(s.Owner) && (q.Before == "" || (id < q.Before) != q.Ascending && id != q.Before) && (q.Last == "" || (id > q.Last) != q.Ascending || id == q.Last) && (q.Terminated || s.State != session.Terminated) && len(page) < q.Limit {
 				page = append(page, s)
 			}
 		}
@@ -180,15 +181,30 @@ type rig struct {
 	fake       *enginefake.Engine
 	store      *memory
 	executions *executions
+	quota      int64
 	log        *lockedBuffer
 	// pool and admission are the Config's.
 	pool      session.Pool
 	admission *admission.Controller
 }
 
+// The calls of a caller who has no name, for what nobody owns.
+
+func (r *rig) Get(ctx context.Context, id string) (session.Session, error) {
+	return r.Service.Get(ctx, session.Ref{ID: id})
+}
+
+func (r *rig) WaitStarted(ctx context.Context, id string) (session.Session, error) {
+	return r.Service.WaitStarted(ctx, session.Ref{ID: id})
+}
+
 // Terminate ends a session by a request without a name.
 func (r *rig) Terminate(ctx context.Context, id, requester string) (session.Session, error) {
-	return r.Service.Terminate(ctx, id, requester, idempotency.Key{})
+	return r.Service.Terminate(ctx, session.Ref{ID: id}, requester, idempotency.Key{})
+}
+
+func (r *rig) Sandbox(ctx context.Context, id string) (engine.Sandbox, error) {
+	return r.Service.Sandbox(ctx, id, caller.Caller{})
 }
 
 // List reads a page that takes no time to find.
@@ -215,7 +231,7 @@ func newRig(t *testing.T, hooks enginefake.Hooks) *rig {
 func (r *rig) open() {
 	r.t.Helper()
 	s, err := session.New(session.Config{
-		Engine: r.fake, Store: r.store, Pool: r.pool, Admission: r.admission, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
+		Engine: r.fake, Store: r.store, MaxPerOwner: r.quota, Pool: r.pool, Admission: r.admission, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	})
 	if err != nil {
 		r.t.Fatal(err)

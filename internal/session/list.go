@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/filter"
 )
@@ -47,7 +48,7 @@ func (s *Service) present(ctx context.Context, record Session) (Session, bool, e
 	if record.State == Terminated {
 		return record, true, nil
 	}
-	record, err := s.Get(ctx, record.ID) // it may have ended since the store was asked
+	record, err := s.Get(ctx, Ref{ID: record.ID, Caller: caller.Caller{All: true}}) // it may have ended since the store was asked
 	if fault.KindOf(err) == fault.NotFound {
 		return record, false, nil
 	}

@@ -42,6 +42,7 @@ var (
 type live struct {
 	service *Service
 	id      string
+	owner   string
 	cancel  context.CancelCauseFunc
 	started chan struct{}   // closed when it is no longer Starting, or found again
 	ending  chan struct{}   // closed when it is to end
@@ -63,7 +64,7 @@ type live struct {
 func newLive(s *Service, record Session, slot *admission.Slot) (context.Context, *live) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	return ctx, &live{
-		service: s, id: record.ID, record: record, cancel: cancel, slot: slot,
+		service: s, id: record.ID, owner: record.Owner, record: record, cancel: cancel, slot: slot,
 		started: make(chan struct{}), ending: make(chan struct{}), ended: make(chan struct{}), left: make(chan struct{}),
 	}
 }

@@ -86,12 +86,12 @@ func TestTerminateOnce(t *testing.T) {
 		r := newRig(t, enginefake.Hooks{})
 		id, other := r.running(session.Request{}), r.running(session.Request{})
 		key := newKey("TerminateSession")
-		_, err := r.Service.Terminate(t.Context(), "none", "me", key)
+		_, err := r.Service.Terminate(t.Context(), session.Ref{ID: "none"}, "me", key)
 		wantFault(t, err, fault.NotFound, "SESSION_NOT_FOUND")
 		var all sync.WaitGroup
 		for range 20 {
 			all.Go(func() {
-				s, err := r.Service.Terminate(t.Context(), id, "me", key)
+				s, err := r.Service.Terminate(t.Context(), session.Ref{ID: id}, "me", key)
 				if err != nil || s.State != session.Terminated || s.Detail != "terminated by me" {
 					t.Errorf("%+v, %v", s, err)
 				}
@@ -99,7 +99,7 @@ func TestTerminateOnce(t *testing.T) {
 		}
 		all.Wait()
 		key.Fingerprint = "f2"
-		_, err = r.Service.Terminate(t.Context(), other, "me", key)
+		_, err = r.Service.Terminate(t.Context(), session.Ref{ID: other}, "me", key)
 		wantFault(t, err, fault.AlreadyExists, "REQUEST_ID_REUSED")
 		if s := r.get(other); s.State != session.Running {
 			t.Errorf("%+v", s)

@@ -12,6 +12,7 @@ import (
 	"github.com/oklog/ulid/v2"
 
 	"github.com/harvest-run/executord/internal/admission"
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -34,6 +35,8 @@ type Pool interface {
 type Config struct {
 	Engine engine.Engine
 	Store  Store
+	// MaxPerOwner bounds the sessions of an owner that have not ended; 0 does not.
+	MaxPerOwner int64
 	// CheckRoom returns a fault while the disk has no room for new work; nil tries all
 	// the same.
 	CheckRoom func() error
@@ -60,12 +63,21 @@ type Service struct {
 
 // Request asks for a session.
 type Request struct {
+	// Caller asks, and will be the owner.
+	Caller caller.Caller
 	Limits engine.Limits
 	// Lifetime is counted from the creation; 0 stands for DefaultLifetime.
 	Lifetime time.Duration
 	Labels   map[string]string
 	// Key is the name of the request, with which it can be repeated.
 	Key idempotency.Key
+}
+
+// Ref names a session. Caller is who names it; for a caller who does not see it, it does
+// not exist.
+type Ref struct {
+	ID     string
+	Caller caller.Caller
 }
 
 // MaxLifetime is the most that may be asked for.
@@ -110,7 +122,7 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	}
 	defer done()
 	if earlier != "" {
-		return s.Get(ctx, earlier)
+		return s.Get(ctx, Ref{ID: earlier, Caller: r.Caller})
 	}
 	if r.Lifetime < 0 || r.Lifetime > MaxLifetime {
 		return Session{}, fault.InvalidField("LIFETIME", "lifetime", "must be up to %v, not %v", MaxLifetime, r.Lifetime)
@@ -126,10 +138,13 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 			return Session{}, err
 		}
 	}
+	if err := s.checkQuota(r.Caller.Owner); err != nil {
+		return Session{}, err
+	}
 	now := time.Now()
 	id := strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
 	record := Session{
-		ID: id, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id),
+		ID: id, Owner: r.Caller.Owner, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id),
 		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
 	}
 	slot, err := s.cfg.Admission.Acquire(ctx, admission.Need{Sandbox: true})
@@ -168,9 +183,43 @@ func (s *Service) admit(l *live) error {
 	if s.draining {
 		return admission.Draining()
 	}
+	if err := s.checkQuotaLocked(l.owner); err != nil {
+		return err
+	}
 	s.live[l.id] = l
 	s.work.Add(1)
 	return nil
+}
+
+// quotaRetry is when a caller whose quota is used up may come back.
+const quotaRetry = 5 * time.Second
+
+// checkQuota returns a fault Exhausted (QUOTA_EXCEEDED) for what would be too much, before
+// it waits for its turn.
+func (s *Service) checkQuota(owner string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.checkQuotaLocked(owner)
+}
+
+// checkQuotaLocked returns a fault Exhausted (QUOTA_EXCEEDED) if one more session of an
+// owner would be too many.
+func (s *Service) checkQuotaLocked(owner string) error {
+	limit := s.cfg.MaxPerOwner
+	if limit == 0 {
+		return nil
+	}
+	var count int64
+	for _, l := range s.live {
+		if l.owner == owner {
+			count++
+		}
+	}
+	if count < limit {
+		return nil
+	}
+	return fault.Exceeded(fault.Quota{Subject: owner, Name: "sessions", Limit: limit}, quotaRetry,
+		"%s has %d sessions, and that is all it may have at a time", owner, count)
 }
 
 func (s *Service) dismiss(l *live) {
@@ -226,22 +275,37 @@ func (s *Service) Recover(ctx context.Context) error {
 	return nil
 }
 
-// Get reads a session. A fault NotFound if there is none.
-func (s *Service) Get(ctx context.Context, id string) (Session, error) {
-	if l, ok := s.find(id); ok {
+// visible returns a session that has not ended and that ref's caller sees.
+func (s *Service) visible(ref Ref) (*live, bool) {
+	l, ok := s.find(ref.ID)
+	if !ok || !ref.Caller.Sees(l.owner) {
+		return nil, false
+	}
+	return l, true
+}
+
+// Get reads a session. A fault NotFound if there is none that the caller sees.
+func (s *Service) Get(ctx context.Context, ref Ref) (Session, error) {
+	if l, ok := s.visible(ref); ok {
 		return l.snapshot(), nil
 	}
-	return s.cfg.Store.GetSession(ctx, id)
+	// The store is asked about a foreign one too: so the answer takes as long as that
+	// for one that does not exist.
+	record, err := s.cfg.Store.GetSession(ctx, ref.ID)
+	if err == nil && !ref.Caller.Sees(record.Owner) {
+		return Session{}, fault.New(fault.NotFound, "SESSION_NOT_FOUND", "there is no session %q", ref.ID)
+	}
+	return record, err
 }
 
 // WaitStarted returns a session when it has left Starting. When ctx ends first it
 // returns the session as it is, and ctx's cause.
-func (s *Service) WaitStarted(ctx context.Context, id string) (Session, error) {
-	if l, ok := s.find(id); ok {
+func (s *Service) WaitStarted(ctx context.Context, ref Ref) (Session, error) {
+	if l, ok := s.visible(ref); ok {
 		err := l.wait(ctx, l.started)
 		return l.snapshot(), err
 	}
-	record, err := s.Get(ctx, id)
+	record, err := s.Get(ctx, ref)
 	if err == nil && record.State == Starting {
 		err = errClosed
 	}
@@ -252,19 +316,19 @@ func (s *Service) WaitStarted(ctx context.Context, id string) (Session, error) {
 // has ended is returned as it is. The end goes on when ctx ends first; then the session
 // is returned as it is, with ctx's cause.
 // The repeat of a request is carried out again, which waits for the same end.
-func (s *Service) Terminate(ctx context.Context, id, requester string, key idempotency.Key) (Session, error) {
+func (s *Service) Terminate(ctx context.Context, ref Ref, requester string, key idempotency.Key) (Session, error) {
 	if key.ID != "" {
 		// What is not there is not worth remembering.
-		if _, err := s.Get(ctx, id); err != nil {
+		if _, err := s.Get(ctx, ref); err != nil {
 			return Session{}, err
 		}
-		if err := s.requests.Note(ctx, key, id); err != nil {
+		if err := s.requests.Note(ctx, key, ref.ID); err != nil {
 			return Session{}, err
 		}
 	}
-	l, ok := s.find(id)
+	l, ok := s.visible(ref)
 	if !ok {
-		record, err := s.Get(ctx, id)
+		record, err := s.Get(ctx, ref)
 		if err == nil && record.State != Terminated {
 			err = errClosed // nobody leads it any more
 		}
@@ -279,20 +343,23 @@ func (s *Service) Terminate(ctx context.Context, id, requester string, key idemp
 	return l.snapshot(), err
 }
 
-// Expiry returns when the lifetime of a session ends, and how long it is.
+// Expiry returns when the lifetime of a session ends, and how long it is, to those who
+// run in it.
 func (s *Service) Expiry(ctx context.Context, id string) (time.Time, time.Duration, error) {
-	record, err := s.Get(ctx, id)
+	record, err := s.Get(ctx, Ref{ID: id, Caller: caller.Caller{All: true}})
 	return record.ExpireTime(), record.Lifetime, err
 }
 
 // Sandbox returns the sandbox of a running session. Faults: NotFound
-// (SESSION_NOT_FOUND), FailedPrecondition (SESSION_NOT_RUNNING), Unavailable
-// (SANDBOX_UNREACHABLE) while the engine cannot open it.
-func (s *Service) Sandbox(ctx context.Context, id string) (engine.Sandbox, error) {
-	if l, ok := s.find(id); ok {
+// (SESSION_NOT_FOUND, also for one that the caller does not see), FailedPrecondition
+// (SESSION_NOT_RUNNING), Unavailable (SANDBOX_UNREACHABLE) while the engine cannot open
+// it.
+func (s *Service) Sandbox(ctx context.Context, id string, by caller.Caller) (engine.Sandbox, error) {
+	ref := Ref{ID: id, Caller: by}
+	if l, ok := s.visible(ref); ok {
 		return l.running()
 	}
-	record, err := s.cfg.Store.GetSession(ctx, id)
+	record, err := s.Get(ctx, ref)
 	switch {
 	case err != nil:
 		return nil, err

@@ -759,7 +759,7 @@ func TestWithoutALogger(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if one, err = s.Terminate(t.Context(), one.ID, "me", idempotency.Key{}); err != nil || one.State != session.Terminated {
+		if one, err = s.Terminate(t.Context(), session.Ref{ID: one.ID}, "me", idempotency.Key{}); err != nil || one.State != session.Terminated {
 			t.Errorf("%+v, %v", one, err)
 		}
 		if err := s.Close(); err != nil {
@@ -786,7 +786,7 @@ func TestNoRoom(t *testing.T) {
 		full = fault.New(fault.Exhausted, "DISK_FULL", "no room")
 		_, err = s.Create(t.Context(), session.Request{})
 		wantFault(t, err, fault.Exhausted, "DISK_FULL")
-		if _, err := s.WaitStarted(t.Context(), before.ID); err != nil {
+		if _, err := s.WaitStarted(t.Context(), session.Ref{ID: before.ID}); err != nil {
 			t.Error(err)
 		}
 		expires, lifetime, err := s.Expiry(t.Context(), before.ID)
@@ -795,7 +795,7 @@ func TestNoRoom(t *testing.T) {
 		}
 		_, _, err = s.Expiry(t.Context(), "nosuch")
 		wantFault(t, err, fault.NotFound, "SESSION_NOT_FOUND")
-		if ended, err := s.Terminate(t.Context(), before.ID, "tester", idempotency.Key{}); err != nil || ended.State != session.Terminated {
+		if ended, err := s.Terminate(t.Context(), session.Ref{ID: before.ID}, "tester", idempotency.Key{}); err != nil || ended.State != session.Terminated {
 			t.Errorf("%+v, %v", ended, err)
 		}
 		full = nil

@@ -7,6 +7,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/filter"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -15,7 +16,9 @@ import (
 // Session is the record of one session, as the store keeps it.
 type Session struct {
 	// ID is unique and sorts by time of creation.
-	ID     string
+	ID string
+	// Owner is the caller who created it; "" if that was not noted.
+	Owner  string
 	State  State
 	Reason EndReason
 	// Detail tells the facts behind Reason.
@@ -91,6 +94,8 @@ type Store interface {
 
 // Query chooses sessions for a page.
 type Query struct {
+	// Caller restricts to those that it sees.
+	Caller caller.Caller
 	// Before is the id of the last one of the page before; "" for the first page.
 	Before string
 	// Limit is the most to return; at least 1.

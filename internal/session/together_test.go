@@ -61,12 +61,12 @@ func TestTogether(t *testing.T) {
 		want    execution.Reason
 	}{
 		"terminated": {false, func(t *testing.T, h *house, _ *enginefake.Engine, id string) {
-			if _, err := h.sessions.Terminate(t.Context(), id, "me", idempotency.Key{}); err != nil {
+			if _, err := h.sessions.Terminate(t.Context(), session.Ref{ID: id}, "me", idempotency.Key{}); err != nil {
 				t.Error(err)
 			}
 		}, session.Requested, execution.SessionEnded},
 		"terminated after a restart": {true, func(t *testing.T, h *house, _ *enginefake.Engine, id string) {
-			if _, err := h.sessions.Terminate(t.Context(), id, "me", idempotency.Key{}); err != nil {
+			if _, err := h.sessions.Terminate(t.Context(), session.Ref{ID: id}, "me", idempotency.Key{}); err != nil {
 				t.Error(err)
 			}
 		}, session.Requested, execution.SessionEnded},
@@ -96,7 +96,7 @@ func TestTogether(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if s, err = h.sessions.WaitStarted(t.Context(), s.ID); err != nil || s.State != session.Running {
+			if s, err = h.sessions.WaitStarted(t.Context(), session.Ref{ID: s.ID}); err != nil || s.State != session.Running {
 				t.Fatalf("%+v, %v", s, err)
 			}
 			var refs []execution.Ref
@@ -133,7 +133,7 @@ func TestTogether(t *testing.T) {
 			for h.sessions.Running() > 0 && time.Now().Before(deadline) {
 				time.Sleep(time.Millisecond)
 			}
-			s, err = h.sessions.Get(t.Context(), s.ID)
+			s, err = h.sessions.Get(t.Context(), session.Ref{ID: s.ID})
 			if err != nil || s.State != session.Terminated || s.Reason != test.reason {
 				t.Errorf("%v, %+v", err, s)
 			}
@@ -163,7 +163,7 @@ func TestTogetherInARace(t *testing.T) {
 		all.Go(func() {
 			s, err := h.sessions.Create(t.Context(), session.Request{})
 			if err == nil {
-				s, err = h.sessions.WaitStarted(t.Context(), s.ID)
+				s, err = h.sessions.WaitStarted(t.Context(), session.Ref{ID: s.ID})
 			}
 			if err != nil {
 				t.Error(err)
@@ -187,7 +187,7 @@ func TestTogetherInARace(t *testing.T) {
 			})
 			both.Go(func() {
 				time.Sleep(time.Duration(n) * 5 * time.Millisecond)
-				if s, err := h.sessions.Terminate(t.Context(), s.ID, fmt.Sprint(n), idempotency.Key{}); err != nil || s.State != session.Terminated {
+				if s, err := h.sessions.Terminate(t.Context(), session.Ref{ID: s.ID}, fmt.Sprint(n), idempotency.Key{}); err != nil || s.State != session.Terminated {
 					t.Errorf("%+v, %v", s, err)
 				}
 			})

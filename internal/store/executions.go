@@ -16,23 +16,28 @@ import (
 const (
 	insertExecution = `INSERT INTO executions (id, session, command, limits, retained_bytes, labels,
 		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
-		policies, log_bytes, warned, expire_time)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+		policies, log_bytes, warned, expire_time,
+		owner, stored_bytes)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
+		?, ?)`
 
 	// The condition on state keeps a life from going back, whoever writes last.
 	updateExecution = `UPDATE executions SET state = ?1, result = ?2, engine = ?3, sandbox = ?4, limits = ?5,
-		epoch = ?6, sequence = ?7, start_time = ?8, end_time = ?9, log_bytes = ?10, warned = ?11, expire_time = ?12
-		WHERE id = ?13 AND state <= ?1`
+		epoch = ?6, sequence = ?7, start_time = ?8, end_time = ?9, log_bytes = ?10, warned = ?11, expire_time = ?12,
+		stored_bytes = ?13 WHERE id = ?14 AND state <= ?1`
 
 	selectExecution = `SELECT id, session, command, limits, retained_bytes, labels,
 		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
-		policies, log_bytes, warned FROM executions `
+		policies, log_bytes, warned, owner FROM executions `
 
 	getExecution         = selectExecution + `WHERE id = ?`
 	listExecutions       = selectExecution + `WHERE id < ? ORDER BY id DESC LIMIT ?`
 	listOfSession        = selectExecution + `WHERE session = ? AND session <> '' AND id < ? ORDER BY id DESC LIMIT ?`
 	listInSessions       = selectExecution + `WHERE session <> '' AND id < ? ORDER BY id DESC LIMIT ?`
 	unfinishedExecutions = selectExecution + `WHERE state < 4 ORDER BY id`
+
+	// The second condition lets SQLite use the partial index.
+	storedBytesOfOwner = `SELECT COALESCE(SUM(stored_bytes), 0) FROM executions WHERE owner = ? AND owner <> 'local'`
 )
 
 // InsertExecution implements execution.Store. Of the command's environment only the
@@ -63,7 +68,8 @@ func (s *Store) insertExecutionWith(ctx context.Context, e execution.Execution, 
 	err = insert(ctx, e.ID, e.Session, command, changing.limits, e.RetainedBytes, labels,
 		e.Engine, e.Sandbox, e.State, changing.result, e.Epoch, int64(e.Sequence),
 		e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime),
-		changing.policies, e.LogBytes, e.Warned, expireColumn(e))
+		changing.policies, e.LogBytes, e.Warned, expireColumn(e),
+		e.Owner, storedBytes(e.Result))
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "EXECUTION_EXISTS", "execution %q exists", e.ID)
 	}
@@ -83,7 +89,8 @@ func (s *Store) UpdateExecution(ctx context.Context, e execution.Execution) erro
 	err = s.write(ctx, func(ctx context.Context) error {
 		done, err := changed(s.updateExecution.ExecContext(ctx, e.State, changing.result, e.Engine, e.Sandbox, changing.limits,
 			e.Epoch, int64(e.Sequence), timeColumn(e.StartTime), timeColumn(e.EndTime),
-			e.LogBytes, e.Warned, expireColumn(e), e.ID))
+			e.LogBytes, e.Warned, expireColumn(e),
+			storedBytes(e.Result), e.ID))
 		if done || err != nil {
 			return err
 		}
@@ -115,7 +122,7 @@ func (s *Store) ListExecutions(ctx context.Context, q execution.Query) ([]execut
 	var rows *sql.Rows
 	var err error
 	switch {
-	case q.Ascending || q.Unfinished || q.MinID != "" || q.MaxID != "" || len(q.Filter.Terms) > 0:
+	case !q.Caller.All || q.Ascending || q.Unfinished || q.MinID != "" || q.MaxID != "" || len(q.Filter.Terms) > 0:
 		text, args := executionsQuery(q)
 		rows, err = s.reader.QueryContext(ctx, text, args...)
 	case q.Session != "":
@@ -152,6 +159,27 @@ func (s *Store) DeleteExecution(ctx context.Context, id string) error {
 		return err
 	})
 	return executionError("delete", id, err)
+}
+
+// StoredBytes implements execution.Store.
+func (s *Store) StoredBytes(ctx context.Context, owner string) (int64, error) {
+	var sum int64
+	if err := s.storedBytesOfOwner.QueryRowContext(ctx, owner).Scan(&sum); err != nil {
+		return 0, fmt.Errorf("sum up the output of %q: %w", owner, err)
+	}
+	return sum, nil
+}
+
+// storedBytes is how much output is kept of an execution with this result.
+func storedBytes(r *execution.Result) int64 {
+	if r == nil {
+		return 0
+	}
+	var sum int64
+	for _, total := range r.Totals {
+		sum += total.Size - total.Dropped
+	}
+	return sum
 }
 
 // executionError says what was being done, and that there is no such execution.
@@ -198,7 +226,7 @@ func scanExecution(r row) (execution.Execution, error) {
 	)
 	err := r.Scan(&e.ID, &e.Session, &command, &limits, &e.RetainedBytes, &labels,
 		&e.Engine, &e.Sandbox, &e.State, &result, &e.Epoch, &sequence, &create, &start, &end,
-		&policies, &e.LogBytes, &e.Warned)
+		&policies, &e.LogBytes, &e.Warned, &e.Owner)
 	if err != nil {
 		return execution.Execution{}, err
 	}

@@ -308,6 +308,7 @@ func TestStatementsUseIndexes(t *testing.T) {
 		listSessions:         "SEARCH sessions USING INDEX sqlite_autoindex_sessions_1 (id<?)",
 		listAlive:            "SEARCH sessions USING INDEX sessions_unfinished (id<?)",
 		unfinishedSessions:   "SCAN sessions USING INDEX sessions_unfinished",
+		storedBytesOfOwner:   "SEARCH executions USING COVERING INDEX executions_by_owner (owner=?)",
 	} {
 		var id, parent, unused int
 		var got string

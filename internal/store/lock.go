@@ -12,6 +12,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// ErrInUse is in the chain of Open's error if another executord has the directory.
+var ErrInUse = errors.New("is in use by another executord")
+
 const (
 	// orphanTime is how long the lock of a holder that has died is waited for: a process
 	// that it was just starting keeps the lock until it has come to its exec.
@@ -42,7 +45,7 @@ func takeLock(file *os.File, dir string) error {
 		err = unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		return fmt.Errorf("state directory %q is in use by another executord (pid %s)", dir, holder(file))
+		return fmt.Errorf("state directory %q %w (pid %s)", dir, ErrInUse, holder(file))
 	}
 	if err != nil {
 		return fmt.Errorf("lock state directory %q: %w", dir, err)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/filter"
 	"github.com/harvest-run/executord/internal/session"
@@ -27,6 +28,13 @@ func (q *query) where(condition string, args ...any) {
 	q.text.WriteString(condition)
 	q.args = append(q.args, args...)
 	q.and = " AND "
+}
+
+// owned adds what a caller sees. The second condition lets SQLite use the partial index.
+func (q *query) owned(by caller.Caller) {
+	if !by.All {
+		q.where("owner = ? AND owner <> 'local'", by.Owner)
+	}
 }
 
 // behind adds where a page begins.
@@ -133,6 +141,7 @@ func chooseExecutions(p execution.Query, all, byLabel string) (q *query, id stri
 		q.text.WriteString(all)
 		id = "id"
 	}
+	q.owned(p.Caller)
 	switch {
 	case p.Session != "":
 		q.where("session = ? AND session <> ''", p.Session)
@@ -183,6 +192,7 @@ func sessionsWindow(p session.Query) (string, []any) {
 func chooseSessions(p session.Query, all string) *query {
 	q := &query{and: " WHERE "}
 	q.text.WriteString(all)
+	q.owned(p.Caller)
 	if !p.Terminated {
 		q.where("state < 4")
 	}

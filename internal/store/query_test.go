@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/filter"
 	"github.com/harvest-run/executord/internal/session"
@@ -255,7 +256,7 @@ func TestQueriesUseIndexes(t *testing.T) {
 		`create_time > "2026-11-25T08:00:00Z"`: "SEARCH executions USING INDEX sqlite_autoindex_executions_1 (id>? AND id<?)",
 		"state = RUNNING":                      "SEARCH executions USING INDEX executions_unfinished (id>? AND id<?)",
 	} {
-		q := execution.Query{Filter: parse(t, text), Limit: 10}
+		q := execution.Query{Caller: caller.Caller{All: true}, Filter: parse(t, text), Limit: 10}
 		switch {
 		case strings.HasPrefix(text, "create_time"):
 			q.MinID = "a"

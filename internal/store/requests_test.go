@@ -204,23 +204,7 @@ func planOf(t *testing.T, s *Store, statement string, args ...any) string {
 
 // Executions from before their labels were kept apart are found by them.
 func TestLabelsOfOldExecutions(t *testing.T) {
-	dir := t.TempDir()
-	s := open(t, dir)
-	if err := s.InsertExecution(t.Context(), fullExecution("a")); err != nil {
-		t.Fatal(err)
-	}
-	for _, undo := range []string{
-		"DROP TABLE request_ids", "DROP TABLE execution_labels", "DROP TRIGGER executions_insert_labels",
-		"DROP TRIGGER executions_delete_labels", "DROP INDEX executions_ended", "DROP INDEX executions_expiring",
-		"ALTER TABLE executions DROP COLUMN policies", "ALTER TABLE executions DROP COLUMN log_bytes",
-		"ALTER TABLE executions DROP COLUMN warned", "ALTER TABLE executions DROP COLUMN expire_time", "DELETE FROM goose_db_version WHERE version_id >= 2",
-	} {
-		if _, err := s.writer.Exec(undo); err != nil {
-			t.Fatalf("%s: %v", undo, err)
-		}
-	}
-	closeStore(t, s)
-	s = open(t, dir)
+	s := open(t, oldState(t))
 	if page, err := s.ListExecutions(t.Context(), execution.Query{Limit: 5, Filter: parse(t, "labels.k = v")}); err != nil || len(page) != 1 {
 		t.Errorf("%v, %v", ids(page), err)
 	}

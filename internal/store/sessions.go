@@ -12,14 +12,14 @@ import (
 
 const (
 	insertSession = `INSERT INTO sessions (id, state, reason, detail, engine, sandbox, limits, lifetime, labels,
-		create_time, end_time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+		create_time, end_time, owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 
 	// The condition on state keeps a life from going back, whoever writes last.
 	updateSession = `UPDATE sessions SET state = ?1, reason = ?2, detail = ?3, engine = ?4, sandbox = ?5,
 		limits = ?6, end_time = ?7 WHERE id = ?8 AND state <= ?1`
 
 	selectSession = `SELECT id, state, reason, detail, engine, sandbox, limits, lifetime, labels,
-		create_time, end_time FROM sessions `
+		create_time, end_time, owner FROM sessions `
 
 	getSession         = selectSession + `WHERE id = ?`
 	listSessions       = selectSession + `WHERE id < ? ORDER BY id DESC LIMIT ?`
@@ -48,7 +48,7 @@ func (s *Store) insertSessionWith(ctx context.Context, one session.Session, inse
 		return fmt.Errorf("insert session %q: %w", one.ID, err)
 	}
 	err = insert(ctx, one.ID, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
-		limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime))
+		limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime), one.Owner)
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "SESSION_EXISTS", "session %q exists", one.ID)
 	}
@@ -99,7 +99,7 @@ func (s *Store) ListSessions(ctx context.Context, q session.Query) ([]session.Se
 	var rows *sql.Rows
 	var err error
 	switch {
-	case q.Ascending || q.Last != "" || len(q.Filter.Terms) > 0:
+	case !q.Caller.All || q.Ascending || q.Last != "" || len(q.Filter.Terms) > 0:
 		text, args := sessionsQuery(q)
 		rows, err = s.reader.QueryContext(ctx, text, args...)
 	case q.Terminated:
@@ -144,7 +144,7 @@ func scanSession(r row) (session.Session, error) {
 		end            sql.NullInt64
 	)
 	err := r.Scan(&one.ID, &one.State, &one.Reason, &one.Detail, &one.Engine, &one.Sandbox,
-		&limits, &one.Lifetime, &labels, &create, &end)
+		&limits, &one.Lifetime, &labels, &create, &end, &one.Owner)
 	if err != nil {
 		return session.Session{}, err
 	}

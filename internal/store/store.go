@@ -18,6 +18,7 @@ import (
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
+	"github.com/harvest-run/executord/internal/auth"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -27,6 +28,7 @@ import (
 var (
 	_ execution.Store = (*Store)(nil)
 	_ session.Store   = (*Store)(nil)
+	_ auth.KeyStore   = (*Store)(nil)
 
 	_ idempotency.Expirer = (*Store)(nil)
 )
@@ -65,6 +67,8 @@ type Store struct {
 	getExecution, unfinishedExecutions                      *sql.Stmt
 	listExecutions, listOfSession, listInSessions           *sql.Stmt
 	getSession, listSessions, listAlive, unfinishedSessions *sql.Stmt
+
+	storedBytesOfOwner *sql.Stmt
 }
 
 // Open locks the state directory, opens its database and brings the schema up to
@@ -163,6 +167,7 @@ func (s *Store) prepare(ctx context.Context) error {
 		{s.reader, &s.listSessions, listSessions},
 		{s.reader, &s.listAlive, listAlive},
 		{s.reader, &s.unfinishedSessions, unfinishedSessions},
+		{s.reader, &s.storedBytesOfOwner, storedBytesOfOwner},
 	}
 	for _, statement := range statements {
 		stmt, err := statement.db.PrepareContext(ctx, statement.text)
