@@ -24,6 +24,7 @@ const endOfIDs = 0xffff0000
 // complete resolves paths, fills in what depends on the host and checks the whole.
 func (l *loader) complete(in Input, env map[string]string) error {
 	l.check("state_dir", l.resolveStateDir(in, env))
+	l.resolveFiles(in)
 	l.check("listen", l.resolveListen())
 	if len(l.errs) == 0 {
 		if err := l.checkRules(); err != nil {
@@ -33,6 +34,8 @@ func (l *loader) complete(in Input, env map[string]string) error {
 		l.check("local.uid_count", checkIDs(l.config.GetLocal()))
 		l.check("local.cgroup_parent", checkCgroup(l.config.GetLocal().GetCgroupParent()))
 		l.check("local.extra_paths", checkExtraPaths(l.config.GetLocal().GetExtraPaths()))
+		l.checkTLS()
+		l.checkAuth()
 	}
 	return errors.Join(l.errs...)
 }
@@ -64,7 +67,8 @@ func (l *loader) checkRules() error {
 	}
 	if ok {
 		for _, violation := range invalid.Violations {
-			name := protovalidate.FieldPathString(violation.Proto.GetField())
+			// Of a list its name: where an element came from is where the list did.
+			name, _, _ := strings.Cut(protovalidate.FieldPathString(violation.Proto.GetField()), "[")
 			l.check(name, errors.New(violation.Proto.GetMessage()))
 		}
 	}
@@ -106,8 +110,9 @@ func (in Input) absolute(path string) string {
 	return filepath.Join(in.WorkingDirectory, path)
 }
 
-// resolveListen refuses every address that others than this host's users can reach
-// and brings a socket's into the form unix:/path.
+// resolveListen refuses every address that others than this host's users can reach, unless
+// callers show who they are over an encrypted connection, and brings a socket's into the
+// form unix:/path.
 func (l *loader) resolveListen() error {
 	listen := l.config.GetListen()
 	if path, found := strings.CutPrefix(listen, "unix:"); found {
@@ -125,9 +130,19 @@ func (l *loader) resolveListen() error {
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		return fmt.Errorf("port %q is not a number from 0 to 65535", port)
 	}
-	if ip, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !ip.IsLoopback() || ip.Zone() != "") {
-		return fmt.Errorf("%q can be reached from elsewhere, and the service has no authentication yet; "+
-			"it must be 127.0.0.1:PORT, [::1]:PORT, localhost:PORT or unix:/PATH", listen)
+	if ip, err := netip.ParseAddr(host); host == "localhost" || (err == nil && ip.IsLoopback() && ip.Zone() == "") {
+		return nil
+	}
+	var missing []string
+	if l.config.GetTls().GetCertFile() == "" || l.config.GetTls().GetKeyFile() == "" {
+		missing = append(missing, "tls.cert_file and tls.key_file")
+	}
+	if len(l.config.GetAuth().GetMethods()) == 0 {
+		missing = append(missing, "auth.methods")
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("%q can be reached from elsewhere, so %s must be set too; "+
+			"or listen on 127.0.0.1:PORT, [::1]:PORT, localhost:PORT or unix:/PATH", listen, strings.Join(missing, ", and "))
 	}
 	return nil
 }

@@ -45,6 +45,7 @@ func Load(in Input) (*configv1.Config, error) {
 
 	l := &loader{config: &configv1.Config{}, origins: make(map[string]string)}
 	for _, f := range fields() {
+		f.holder(l.config) // so that groups are there, whichever layer names them
 		if text := f.help().GetDefault(); text != "" {
 			l.set(f, "default", text)
 		}

@@ -65,11 +65,14 @@ func defaults() *configv1.Config {
 		Output:       &configv1.Output{DefaultRetainedBytes: 1 << 30, MaxRetainedBytes: 64 << 30},
 		Reflection:   true,
 		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094},
+		Tls:          &configv1.Tls{ClientAuth: configv1.Tls_CLIENT_AUTH_REQUEST},
+		Auth: &configv1.Auth{Oidc: &configv1.Oidc{RoleClaim: "roles", Leeway: durationpb.New(30 * time.Second)},
+			Certificates: &configv1.Certificates{}, Quotas: &configv1.Quotas{}},
 		Admission: &configv1.Admission{
 			MaxRunning: 256, MaxQueued: 1024, MaxQueueWait: durationpb.New(30 * time.Second), MaxSandboxes: 4000,
 		},
-		Pool: &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
-		Retention:    &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
+		Pool:      &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
+		Retention: &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
 	}
 }
 
@@ -95,6 +98,12 @@ func full() (map[string]string, *configv1.Config) {
 			"output.default_retained_bytes": "2097152", "output.max_retained_bytes": "3MiB",
 			"reflection": "false", "local.uid_base": "131072", "local.uid_count": "7",
 			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
+			"tls.cert_file": "/t/cert", "tls.key_file": "/t/key", "tls.client_ca_file": "/t/ca", "tls.client_auth": "require",
+			"auth.methods": "certificate", "auth.oidc.issuer": "https://issuer.example", "auth.oidc.audience": "us",
+			"auth.oidc.role_claim": "groups", "auth.oidc.users": "*", "auth.oidc.operators": "ops", "auth.oidc.admins": "root:admin",
+			"auth.oidc.leeway": "5s", "auth.oidc.algorithms": "ES256",
+			"auth.certificates.users": "spiffe://example.org/ci", "auth.certificates.operators": "CN=ops", "auth.certificates.admins": "CN=root",
+			"auth.quotas.running_executions": "3", "auth.quotas.sessions": "2", "auth.quotas.stored_bytes": "5GiB",
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
 			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
@@ -106,10 +115,43 @@ func full() (map[string]string, *configv1.Config) {
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
 			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
 				ExtraPaths: []string{"/opt/a"}},
+			Tls: &configv1.Tls{CertFile: "/t/cert", KeyFile: "/t/key", ClientCaFile: "/t/ca", ClientAuth: configv1.Tls_CLIENT_AUTH_REQUIRE},
+			Auth: &configv1.Auth{
+				Methods: []configv1.Auth_Method{configv1.Auth_METHOD_CERTIFICATE},
+				Oidc: &configv1.Oidc{Issuer: "https://issuer.example", Audience: "us", RoleClaim: "groups", Users: []string{"*"},
+					Operators: []string{"ops"}, Admins: []string{"root:admin"}, Leeway: durationpb.New(5 * time.Second), Algorithms: []string{"ES256"}},
+				Certificates: &configv1.Certificates{Users: []string{"spiffe://example.org/ci"}, Operators: []string{"CN=ops"}, Admins: []string{"CN=root"}},
+				Quotas:       &configv1.Quotas{RunningExecutions: 3, Sessions: 2, StoredBytes: 5 << 30},
+			},
 			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
 			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
 			Retention: &configv1.Retention{MaxAge: durationpb.New(0), MaxTotalBytes: 1 << 30, MinFreeBytes: 1<<20 + 1},
 		}
+}
+
+// company is what a field needs beside it to be good, and another good value where there
+// is no default.
+func company(name string) (env []string, other string) {
+	const cert, key, authorities = "EXECUTORD_TLS_CERT_FILE=/c", "EXECUTORD_TLS_KEY_FILE=/k", "EXECUTORD_TLS_CLIENT_CA_FILE=/a"
+	switch name {
+	case "tls.cert_file":
+		return []string{key}, ""
+	case "tls.key_file":
+		return []string{cert}, ""
+	case "tls.client_ca_file":
+		return []string{cert, key}, ""
+	case "tls.client_auth":
+		return []string{cert, key, authorities}, ""
+	case "auth.methods":
+		return []string{cert, key, authorities}, "api_key"
+	case "auth.oidc.issuer":
+		return nil, "http://127.0.0.1:1/x"
+	case "auth.oidc.algorithms":
+		return nil, "RS512"
+	case "auth.quotas.running_executions", "auth.quotas.sessions", "auth.quotas.stored_bytes":
+		return []string{"EXECUTORD_AUTH_METHODS=api_key"}, ""
+	}
+	return nil, ""
 }
 
 // Every field can be set by every layer, and a higher one wins.
@@ -130,6 +172,8 @@ func TestPrecedence(t *testing.T) {
 				}
 			}
 			expected := f.get(want)
+			with, instead := company(f.name)
+			root := func(args ...string) Input { return asRoot(args...).withEnv(with...) }
 			if f.name == "output.max_retained_bytes" { // the default of the other does not fit
 				texts := set(text)
 				for name, layer := range texts {
@@ -141,16 +185,19 @@ func TestPrecedence(t *testing.T) {
 				return
 			}
 			for name, layer := range set(text) {
-				if got := f.get(load(t, layer(asRoot()))); !slices.Equal(got, expected) {
+				if got := f.get(load(t, layer(root()))); !slices.Equal(got, expected) {
 					t.Errorf("set by %s it is %v, want %v", name, got, expected)
 				}
 			}
 			if len(other) == 0 || other[0] == "" {
 				other = []string{"/other"}
 			}
+			if instead != "" {
+				other = []string{instead}
+			}
 			for _, pair := range [][2]string{{"file", "env"}, {"file", "flag"}, {"env", "flag"}} {
 				low, high := set(other[0])[pair[0]], set(text)[pair[1]]
-				if got := f.get(load(t, high(low(asRoot())))); !slices.Equal(got, expected) {
+				if got := f.get(load(t, high(low(root())))); !slices.Equal(got, expected) {
 					t.Errorf("set by %s and %s it is %v, want %v", pair[0], pair[1], got, expected)
 				}
 			}
@@ -161,12 +208,18 @@ func TestPrecedence(t *testing.T) {
 // yamlFor sets one field in a file.
 func yamlFor(f field, text string) string {
 	if f.descriptor().IsList() {
+		if strings.ContainsAny(text, "*:") {
+			text = "'" + text + "'"
+		}
 		text = "[" + text + "]"
 	}
-	if parent, name, found := strings.Cut(f.name, "."); found {
-		return fmt.Sprintf("%s:\n  %s: %s\n", parent, name, text)
+	var yaml strings.Builder
+	steps := strings.Split(f.name, ".")
+	for depth, step := range steps[:len(steps)-1] {
+		fmt.Fprintf(&yaml, "%s%s:\n", strings.Repeat("  ", depth), step)
 	}
-	return fmt.Sprintf("%s: %s\n", f.name, text)
+	fmt.Fprintf(&yaml, "%s%s: %s\n", strings.Repeat("  ", len(steps)-1), steps[len(steps)-1], text)
+	return yaml.String()
 }
 
 func TestAllAtOnce(t *testing.T) {
@@ -241,6 +294,19 @@ func TestForms(t *testing.T) {
 		{"relative state", asRoot("--state-dir=../s/./x/"), "state_dir", "/s/x"},
 		{"state below home", asRoot("--state-dir=~/x").withEnv("HOME=/root"), "state_dir", "/root/x"},
 
+		{"list with another separator", asRoot().withEnv("EXECUTORD_AUTH_CERTIFICATES_USERS=spiffe://a/b,CN=x,"), "auth.certificates.users", "spiffe://a/b CN=x"},
+		{"list of words by variable", asRoot().withEnv("EXECUTORD_AUTH_METHODS=api_key,oidc", "EXECUTORD_AUTH_OIDC_ISSUER=https://x", "EXECUTORD_AUTH_OIDC_AUDIENCE=y"), "auth.methods", "api_key oidc"},
+		{"list of words by file", asRoot().withFile(t, "auth: {methods: [api_key]}"), "auth.methods", "api_key"},
+		{"relative certificate", asRoot("--tls-cert-file=c.pem", "--tls-key-file=../k.pem"), "tls.cert_file", "/work/c.pem"},
+
+		{"any address", guarded("--listen=0.0.0.0:7070"), "listen", "0.0.0.0:7070"},
+		{"any address of IPv6", guarded("--listen=[::]:7070"), "listen", "[::]:7070"},
+		{"no address", guarded("--listen=:7070"), "listen", ":7070"},
+		{"a name", guarded("--listen=build.example.org:7070"), "listen", "build.example.org:7070"},
+		{"TLS on loopback", asRoot("--tls-cert-file=/c", "--tls-key-file=/k"), "listen", "127.0.0.1:7070"},
+		{"keys on loopback", asRoot("--auth-methods=api_key"), "auth.methods", "api_key"},
+		{"issuer on loopback", asRoot("--auth-oidc-issuer=http://localhost:1/x"), "auth.oidc.issuer", "http://localhost:1/x"},
+
 		{"IPv6", asRoot("--listen=[::1]:0"), "listen", "[::1]:0"},
 		{"localhost", asRoot("--listen=localhost:65535"), "listen", "localhost:65535"},
 		{"another loopback address", asRoot("--listen=127.9.9.9:1"), "listen", "127.9.9.9:1"},
@@ -267,7 +333,8 @@ func TestForms(t *testing.T) {
 // Each bad value is refused in every layer by an error that names the field, the
 // layer and what is wrong.
 func TestBadValues(t *testing.T) {
-	const elsewhere = "can be reached from elsewhere, and the service has no authentication yet; it must be 127.0.0.1:PORT"
+	const elsewhere = "can be reached from elsewhere, so tls.cert_file and tls.key_file, and auth.methods must be set too; or listen on 127.0.0.1:PORT"
+	long := strings.Repeat("x", 513)
 	tests := []struct{ field, text, want string }{
 		{"listen", "0.0.0.0:7070", elsewhere},
 		{"listen", ":7070", elsewhere},
@@ -336,6 +403,34 @@ func TestBadValues(t *testing.T) {
 		{"local.extra_paths", "opt", "not an absolute path"},
 		{"local.extra_paths", "/", "below /"},
 		{"local.extra_paths", "/opt/", "not an absolute path"},
+		{"tls.cert_file", "/c", "must be set together"},
+		{"tls.key_file", "/k", "must be set together"},
+		{"tls.client_ca_file", "/a", "set tls.cert_file and tls.key_file"},
+		{"tls.client_ca_file", "/" + strings.Repeat("a", 4096), "at most 4096 bytes"},
+		{"tls.client_auth", "require", "needs tls.client_ca_file"},
+		{"tls.client_auth", "verify", "none of request, require"},
+		{"auth.methods", "password", "none of api_key, oidc, certificate"},
+		{"auth.methods", "oidc", "needs auth.oidc.issuer and auth.oidc.audience"},
+		{"auth.methods", "certificate", "needs tls.client_ca_file"},
+		{"auth.oidc.issuer", "'http://issuer.example'", "must be https"},
+		{"auth.oidc.issuer", "issuer.example", "not the URL of an issuer"},
+		{"auth.oidc.issuer", "'https://user:word@issuer.example'", "not the URL of an issuer"},
+		{"auth.oidc.issuer", "'https://issuer.example?x'", "not the URL of an issuer"},
+		{"auth.oidc.audience", strings.Repeat("x", 1025), "at most 1024 bytes"},
+		{"auth.oidc.role_claim", strings.Repeat("x", 257), "at most 256 bytes"},
+		{"auth.oidc.users", long, "at most 512 bytes"},
+		{"auth.oidc.operators", long, "at most 512 bytes"},
+		{"auth.oidc.admins", long, "at most 512 bytes"},
+		{"auth.oidc.leeway", "5m1s", "less than or equal to 300s"},
+		{"auth.oidc.algorithms", "none", "must be in list"},
+		{"auth.oidc.algorithms", "HS256", "must be in list"},
+		{"auth.certificates.users", long, "at most 512 bytes"},
+		{"auth.certificates.operators", long, "at most 512 bytes"},
+		{"auth.certificates.admins", long, "at most 512 bytes"},
+		{"auth.quotas.running_executions", "5", "needs auth.methods"},
+		{"auth.quotas.running_executions", "-1", "greater than or equal to 0"},
+		{"auth.quotas.sessions", "5", "needs auth.methods"},
+		{"auth.quotas.stored_bytes", "5GiB", "needs auth.methods"},
 		{"admission.max_running", "0", "greater than or equal to 1"},
 		{"admission.max_running", "1000001", "less than or equal to 1000000"},
 		{"admission.max_queued", "1000001", "less than or equal to 1000000"},
@@ -391,6 +486,33 @@ func TestBadValues(t *testing.T) {
 		if !tested[f.name] {
 			t.Errorf("no bad value of %s is tested", f.name)
 		}
+	}
+}
+
+// guarded is the input of a server that asks callers who they are, over TLS.
+func guarded(args ...string) Input {
+	return asRoot(append([]string{"--tls-cert-file=/c", "--tls-key-file=/k", "--auth-methods=api_key"}, args...)...)
+}
+
+// Who can be reached from elsewhere is told what is missing, and nothing else.
+func TestListenElsewhere(t *testing.T) {
+	const address = "--listen=0.0.0.0:7070"
+	for name, test := range map[string]struct {
+		args          []string
+		want, without string
+	}{
+		"no TLS":             {[]string{address, "--auth-methods=api_key"}, "so tls.cert_file and tls.key_file must be set too", "auth.methods"},
+		"nobody asked":       {[]string{address, "--tls-cert-file=/c", "--tls-key-file=/k"}, "so auth.methods must be set too", "tls.cert_file"},
+		"half of TLS":        {[]string{address, "--auth-methods=api_key", "--tls-cert-file=/c"}, "so tls.cert_file and tls.key_file must be set too", "auth.methods"},
+		"a CA asks nobody":   {[]string{address, "--tls-cert-file=/c", "--tls-key-file=/k", "--tls-client-ca-file=/a", "--tls-client-auth=require"}, "so auth.methods must be set too", "tls.cert_file"},
+		"a zone of loopback": {[]string{"--listen=[::1%lo]:1", "--auth-methods=api_key"}, "so tls.cert_file and tls.key_file must be set too", "auth.methods"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Load(asRoot(test.args...))
+			if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), test.without) {
+				t.Errorf("the error is %v, want %q", err, test.want)
+			}
+		})
 	}
 }
 
@@ -519,10 +641,14 @@ func TestFieldNames(t *testing.T) {
 		}
 	}
 	got := slices.Sorted(maps.Keys(flags))
-	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
+	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "auth-certificates-admins", "auth-certificates-operators", "auth-certificates-users", "auth-methods",
+		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
+		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
+		"config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
 		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
-		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir"}
+		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir",
+		"tls-cert-file", "tls-client-auth", "tls-client-ca-file", "tls-key-file"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("renaming a flag breaks people's scripts (-want +got):\n%s", diff)
 	}
@@ -557,6 +683,30 @@ local:
   extra_paths:
     - /opt/a b
     - '/opt/ü: #'
+tls:
+  cert_file: ""
+  key_file: ""
+  client_ca_file: ""
+  client_auth: request
+auth:
+  methods: []
+  oidc:
+    issuer: ""
+    audience: ""
+    role_claim: roles
+    users: []
+    operators: []
+    admins: []
+    leeway: 30s
+    algorithms: []
+  certificates:
+    users: []
+    operators: []
+    admins: []
+  quotas:
+    running_executions: 0
+    sessions: 0
+    stored_bytes: 0
 admission:
   max_running: 256
   max_queued: 1024

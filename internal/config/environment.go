@@ -30,7 +30,7 @@ func (l *loader) readEnvironment(env map[string]string) {
 		}
 		texts := []string{text}
 		if f.descriptor().IsList() {
-			texts = slices.DeleteFunc(strings.Split(text, ":"), func(s string) bool { return s == "" })
+			texts = slices.DeleteFunc(strings.Split(text, f.separator()), func(s string) bool { return s == "" })
 		}
 		l.set(f, "variable "+f.variable(), texts...)
 	}

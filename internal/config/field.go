@@ -68,6 +68,14 @@ func (f field) help() *configv1.Help {
 	return help
 }
 
+// separator is what separates the values of a list in its variable.
+func (f field) separator() string {
+	if s := f.help().GetSeparator(); s != "" {
+		return s
+	}
+	return ":"
+}
+
 // variable is the name of its variable.
 func (f field) variable() string {
 	return variablePrefix + strings.ToUpper(strings.ReplaceAll(f.name, ".", "_"))

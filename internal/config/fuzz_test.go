@@ -23,6 +23,7 @@ func FuzzLoad(f *testing.F) {
 	f.Add([]byte("limits: {pids: !!float 9, memory_bytes: 0o17}\u0085"), 6, "2GiB")
 	f.Add([]byte("listen: !!binary AAAA\ndrain_timeout: -0\n"), 15, "/a::/b")
 	f.Add([]byte("listen: |+\n  unix:/x\n\n\n"), 1, "~/x")
+	f.Add([]byte("tls: {cert_file: /c, key_file: /k}\nauth: {methods: [api_key]}\n"), 0, "0.0.0.0:1")
 	f.Fuzz(func(t *testing.T, file []byte, n int, text string) {
 		all := fields()
 		chosen := all[uint(n)%uint(len(all))]
@@ -34,7 +35,8 @@ func FuzzLoad(f *testing.F) {
 			}
 			return
 		}
-		if !isLocal(config.GetListen()) {
+		guarded := config.GetTls().GetCertFile() != "" && config.GetTls().GetKeyFile() != "" && len(config.GetAuth().GetMethods()) > 0
+		if !guarded && !isLocal(config.GetListen()) {
 			t.Errorf("it listens on %q", config.GetListen())
 		}
 		if !strings.HasPrefix(config.GetStateDir(), "/") || config.GetOnStop() == configv1.OnStop_ON_STOP_UNSPECIFIED ||
