@@ -55,6 +55,7 @@ type Daemon struct {
 	server     server
 	listener   net.Listener
 	info       *serverInfo
+	keys       keys
 	// requests are the requests that are remembered, for a time.
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
@@ -98,6 +99,12 @@ type server interface {
 	Stop()
 }
 
+// keys is what a Daemon does with auth.Keys.
+type keys interface {
+	// Run writes when keys were used until ctx ends.
+	Run(ctx context.Context)
+}
+
 // Complete opens everything, takes up what an executord before this one left, and
 // listens. On an error everything that was opened is closed again; sandboxes live on.
 func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
@@ -118,6 +125,13 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	}
 	d.opened.add("state", st.Close)
 	d.requests = st
+
+	// Before anything is taken up: a certificate that cannot be read is found at once.
+	who, err := c.openCallers(ctx, d, st)
+	if err != nil {
+		return nil, err
+	}
+	d.keys = who.keys
 
 	open := c.OpenEngine
 	if open == nil {
@@ -167,6 +181,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
 	server, err := api.NewServer(shutdown, api.Config{
 		Executions: watchable{executionService}, Sessions: sessionService, Info: d.info,
+		Keys: who.keys, Auth: who.authenticator, Certificates: who.certificates,
 		Logger: c.Logger, PageTokenKey: pageTokenKey, RequestIDKey: requestIDKey,
 		Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
 	})
@@ -189,8 +204,9 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	if err != nil {
 		return nil, nil, err
 	}
+	quotas := c.Settings.GetAuth().GetQuotas()
 	sessionService, err := session.New(session.Config{
-		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, CheckRoom: d.disk.Check, Logger: c.Logger,
+		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the session service: %w", err)
@@ -202,6 +218,7 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		Dir:                  filepath.Join(c.Settings.GetStateDir(), "executions"),
 		DefaultRetainedBytes: output.GetDefaultRetainedBytes(),
 		MaxRetainedBytes:     output.GetMaxRetainedBytes(),
+		Quota:                execution.Quota{Running: quotas.GetRunningExecutions(), StoredBytes: quotas.GetStoredBytes()},
 		Retention: execution.Retention{
 			MaxAge: retention.GetMaxAge().AsDuration(), MaxTotalBytes: retention.GetMaxTotalBytes(),
 		},

@@ -85,6 +85,7 @@ func (p *program) commands() *cobra.Command {
 		p.configured("serve", "Serves until SIGTERM or SIGINT; a second one ends it at once", p.serve),
 		p.configured("doctor", "Says what sandboxes on this host can do, and what is missing", p.doctor),
 		settings,
+		p.keysCommand(),
 		&cobra.Command{
 			Use:   "version",
 			Short: "Says which executord this is",

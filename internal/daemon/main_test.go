@@ -32,7 +32,7 @@ func TestCommands(t *testing.T) {
 		"help of serve":      {args: []string{"serve", "--help"}, stdout: "--drain-timeout"},
 		"help for serve":     {args: []string{"help", "serve"}, stdout: "executord serve [flags]"},
 		"unknown flag":       {args: []string{"serve", "--lisen=x"}, code: 2, stderr: "listen"},
-		"bad value":          {args: []string{"serve", "--state-dir", state, "--listen", "0.0.0.0:1"}, code: 2, stderr: "no authentication"},
+		"bad value":          {args: []string{"serve", "--state-dir", state, "--listen", "0.0.0.0:1"}, code: 2, stderr: "auth.methods must be set too"},
 		"bad variable":       {args: []string{"config", "print"}, env: []string{"EXECUTORD_STATE_DIR=" + state, "EXECUTORD_ON_STOP=explode"}, code: 2, stderr: "EXECUTORD_ON_STOP"},
 		"config":             {args: []string{"config"}, stdout: "print"},
 		"config print":       {args: []string{"config", "print", "--drain-timeout=5s"}, env: []string{"EXECUTORD_STATE_DIR=" + state}, stdout: "drain_timeout: 5s"},

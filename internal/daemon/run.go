@@ -51,6 +51,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return nil
 	})
 	parts.Go(func(ctx context.Context) error {
+		d.keys.Run(ctx)
+		return nil
+	})
+	parts.Go(func(ctx context.Context) error {
 		idempotency.Sweep(ctx, d.requests, d.log)
 		return nil
 	})

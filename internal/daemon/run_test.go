@@ -193,6 +193,7 @@ func TestOrderOfStop(t *testing.T) {
 				}
 				service.running.Store(int64(test.running))
 				d := &Daemon{
+					keys:     idleKeys{},
 					log:      discard(),
 					settings: &configv1.Config{DrainTimeout: durationpb.New(test.drain), OnStop: test.onStop},
 					engine:   newFakeEngine(), executions: stepExecutions{service}, sessions: stepSessions{service},
@@ -355,7 +356,8 @@ func streamsAtStop(t *testing.T, onStop configv1.OnStop) {
 	}
 	listener := bufconn.Listen(64 << 10)
 	d := &Daemon{
-		log: discard(), settings: &configv1.Config{DrainTimeout: durationpb.New(time.Minute), OnStop: onStop},
+		keys: idleKeys{},
+		log:  discard(), settings: &configv1.Config{DrainTimeout: durationpb.New(time.Minute), OnStop: onStop},
 		engine: newFakeEngine(), executions: executions, sessions: noSessions{},
 		requests: noRequests{}, pool: noPool{}, server: server, listener: listener, info: &serverInfo{}, cutOff: cutOff,
 	}
@@ -449,6 +451,11 @@ func wantDraining(t *testing.T, err error) {
 	}
 	t.Fatalf("%v has no reason SERVER_DRAINING", err)
 }
+
+// idleKeys keeps none.
+type idleKeys struct{}
+
+func (idleKeys) Run(ctx context.Context) { <-ctx.Done() }
 
 // noRequests remembers nothing.
 type noRequests struct{}
