@@ -29,7 +29,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
@@ -42,6 +41,16 @@ const DefaultMaxOutage = 60 * time.Second
 type Config struct {
 	// Address is host:port or unix:PATH; DefaultAddress if empty.
 	Address string
+	// TLS encrypts the connection; nil does not, which belongs on a loopback or
+	// unix-socket address only.
+	TLS *TLS
+	// APIKey shows the server who is calling; "" shows none.
+	APIKey string
+	// Token is asked before each call for an API key or bearer token, so that it can
+	// change; not with APIKey. It may be called from several goroutines, and its error
+	// ends the call as UNAUTHENTICATED. Credentials go over TLS, to a loopback address or
+	// to a unix socket, and nowhere else.
+	Token func(ctx context.Context) (string, error)
 	// MaxOutage is how long a Stream, Wait, Cancel and what else changes something go on
 	// trying when nothing can be had from the server, counted from the first failure; 0 for DefaultMaxOutage,
 	// negative to give up at once. Any message that comes ends the outage.
@@ -55,7 +64,7 @@ type Config struct {
 	// OnOutage, if not nil, is called before each wait for another attempt, by the
 	// goroutine that waits.
 	OnOutage func(Outage)
-	// DialOptions are added behind the Client's own, for tests and for credentials.
+	// DialOptions are added behind the Client's own, for tests.
 	DialOptions []grpc.DialOption
 }
 
@@ -79,11 +88,12 @@ type Client struct {
 	executor executorv1.ExecutorServiceClient
 	sessions executorv1.SessionServiceClient
 	admin    executorv1.AdminServiceClient
+	auth     executorv1.AuthServiceClient
 }
 
 // Dial makes a Client. It does not connect yet: a server that is not there shows at
-// the first call, as UNAVAILABLE. The connection is not encrypted in this version,
-// so it belongs on a loopback or unix-socket address. The error is about the Config.
+// the first call, as UNAVAILABLE, and so does one whose certificate is not trusted. The
+// error is about the Config and the files that it names.
 func Dial(cfg Config) (*Client, error) {
 	target, err := target(cfg.Address)
 	if err != nil {
@@ -96,8 +106,16 @@ func Dial(cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	transport, err := cfg.TLS.transport()
+	if err != nil {
+		return nil, err
+	}
+	credential, err := newBearer(cfg, target)
+	if err != nil {
+		return nil, err
+	}
 	options := []grpc.DialOption{
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(transport),
 		grpc.WithUserAgent("executor-go/" + Version()),
 		grpc.WithDefaultServiceConfig(services),
 		withCodec(),
@@ -112,6 +130,9 @@ func Dial(cfg Config) (*Client, error) {
 			MinConnectTimeout: 5 * time.Second,
 		}),
 	}
+	if credential != nil {
+		options = append(options, grpc.WithPerRPCCredentials(credential))
+	}
 	conn, err := grpc.NewClient(target, append(options, cfg.DialOptions...)...)
 	if err != nil {
 		return nil, fmt.Errorf("dial %q: %w", cfg.Address, err)
@@ -122,6 +143,7 @@ func Dial(cfg Config) (*Client, error) {
 		executor: executorv1.NewExecutorServiceClient(conn),
 		sessions: executorv1.NewSessionServiceClient(conn),
 		admin:    executorv1.NewAdminServiceClient(conn),
+		auth:     executorv1.NewAuthServiceClient(conn),
 	}, nil
 }
 
@@ -136,6 +158,9 @@ func (c *Client) Sessions() executorv1.SessionServiceClient { return c.sessions 
 
 // Admin is the generated stub of AdminService.
 func (c *Client) Admin() executorv1.AdminServiceClient { return c.admin }
+
+// Auth is the generated stub of AuthService.
+func (c *Client) Auth() executorv1.AuthServiceClient { return c.auth }
 
 // Wait waits until an execution has ended and returns it. It asks again for as long
 // as it runs, and rides out a lost connection as a Stream does (ErrOutage). When ctx
@@ -205,6 +230,7 @@ func serviceConfig() (string, error) {
 	var reads []method
 	for _, service := range []grpc.ServiceDesc{
 		executorv1.ExecutorService_ServiceDesc, executorv1.SessionService_ServiceDesc, executorv1.AdminService_ServiceDesc,
+		executorv1.AuthService_ServiceDesc,
 	} {
 		for _, m := range service.Methods {
 			if strings.HasPrefix(m.MethodName, "Get") || strings.HasPrefix(m.MethodName, "List") {

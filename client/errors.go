@@ -94,6 +94,9 @@ func Message(err error) string {
 // Unavailable says whether the server could not be reached or asked to try again.
 func Unavailable(err error) bool { return code(err) == codes.Unavailable }
 
+// Unauthenticated says whether the server does not know who is calling.
+func Unauthenticated(err error) bool { return code(err) == codes.Unauthenticated }
+
 // NotFound says whether the server does not know what was named.
 func NotFound(err error) bool { return code(err) == codes.NotFound }
 

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -39,6 +40,7 @@ type Server struct {
 	executorv1.UnimplementedExecutorServiceServer
 	executorv1.UnimplementedSessionServiceServer
 	executorv1.UnimplementedAdminServiceServer
+	executorv1.UnimplementedAuthServiceServer
 
 	address  string
 	programs sync.WaitGroup
@@ -54,6 +56,10 @@ type Server struct {
 	hook, lose func(method string, nth int) error
 	scripts    []Script
 	agent      string
+	keys       []*executorv1.ApiKey // the oldest first
+	want       string
+	shown      string
+	transport  credentials.TransportCredentials
 	closed     bool
 }
 
@@ -114,13 +120,18 @@ func (s *Server) Serve(listener net.Listener, address string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.address = address
-	s.grpc = grpc.NewServer(
+	options := []grpc.ServerOption{
 		grpc.WaitForHandlers(true), grpc.UnaryInterceptor(s.unary), grpc.StreamInterceptor(s.stream),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
-	)
+	}
+	if s.transport != nil {
+		options = append(options, grpc.Creds(s.transport))
+	}
+	s.grpc = grpc.NewServer(options...)
 	executorv1.RegisterExecutorServiceServer(s.grpc, s)
 	executorv1.RegisterSessionServiceServer(s.grpc, s)
 	executorv1.RegisterAdminServiceServer(s.grpc, s)
+	executorv1.RegisterAuthServiceServer(s.grpc, s)
 	server, serving := s.grpc, new(sync.WaitGroup)
 	serving.Go(func() { _ = server.Serve(listener) })
 	s.serving = serving
@@ -240,7 +251,15 @@ func (s *Server) enter(ctx context.Context, method string, request proto.Message
 	}
 	s.calls[method] = append(s.calls[method], request)
 	nth, hook := len(s.calls[method]), s.hook
+	s.shown = ""
+	if values := metadata.ValueFromIncomingContext(ctx, "authorization"); len(values) > 0 {
+		s.shown = values[0]
+	}
+	refused := s.refuse(s.shown)
 	s.mu.Unlock()
+	if refused != nil {
+		return refused
+	}
 	if hook != nil {
 		return hook(method, nth)
 	}
