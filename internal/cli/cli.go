@@ -68,6 +68,8 @@ type app struct {
 	interrupts Interrupts
 
 	address   string
+	context   string
+	security  security
 	output    string
 	maxOutage time.Duration
 	// format is the output format that applies: output, or the command's default.
@@ -96,7 +98,8 @@ the exit code of the remote program:
 
 All other commands exit with 0, 1 for a failure. 2 is a wrong command line. Each flag
 that all commands have may also be given in the environment, as EXECUTOR_ADDRESS,
-EXECUTOR_OUTPUT and EXECUTOR_MAX_OUTAGE.`,
+EXECUTOR_OUTPUT, EXECUTOR_MAX_OUTAGE, EXECUTOR_TLS_CA and so on; EXECUTOR_API_KEY may
+hold the API key itself.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.ArbitraryArgs,
@@ -111,13 +114,15 @@ EXECUTOR_OUTPUT and EXECUTOR_MAX_OUTAGE.`,
 	flags.StringVar(&a.address, "address", client.DefaultAddress, "where executord is: host:port or unix:PATH")
 	flags.StringVarP(&a.output, "output", "o", "", "output format; which ones there are depends on the command")
 	flags.DurationVar(&a.maxOutage, "max-outage", client.DefaultMaxOutage, "how long to go on trying when the connection is lost")
+	flags.StringVar(&a.context, contextFlag, "", "name of the server, as executorctl context keeps it (default the one in use)")
+	a.security.bind(flags)
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		a.understood = true
 		return a.settle(cmd)
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usagef("%s", err) })
 	root.AddCommand(
-		a.runCommand(), a.execCommand(), a.executionsCommand(), a.sessionCommand(), a.adminCommand(), a.doctorCommand(), a.versionCommand(),
+		a.runCommand(), a.execCommand(), a.executionsCommand(), a.sessionCommand(), a.adminCommand(), a.authCommand(), a.contextCommand(), a.doctorCommand(), a.versionCommand(),
 	)
 	return root
 }
@@ -128,7 +133,7 @@ func (a *app) settle(cmd *cobra.Command) error {
 	asked := cmd.Flags().Changed("output")
 	var err error
 	cmd.Root().PersistentFlags().VisitAll(func(f *pflag.Flag) {
-		name := "EXECUTOR_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := variable(f.Name)
 		value := a.env[name]
 		if f.Changed || value == "" || err != nil {
 			return
@@ -200,7 +205,15 @@ func subcommandMissing(cmd *cobra.Command, args []string) error {
 // call makes a command's function of one that needs the server.
 func (a *app) call(do func(ctx context.Context, c *client.Client, args []string) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
-		c, err := client.Dial(client.Config{Address: a.address, MaxOutage: a.maxOutage, OnOutage: a.tellOutage})
+		key, err := a.useContext(cmd)
+		if err != nil {
+			return err
+		}
+		cfg := client.Config{Address: a.address, MaxOutage: a.maxOutage, OnOutage: a.tellOutage}
+		if err := a.security.apply(&cfg, cmd.Flags().Changed(keyFileFlag), key); err != nil {
+			return err
+		}
+		c, err := client.Dial(cfg)
 		if err != nil {
 			return usagef("%s", err)
 		}

@@ -89,6 +89,18 @@ func (a *app) hint(err error) string {
 		case client.Unimplemented(err):
 			return "the server is older than this executorctl, or is no executord"
 		}
+	case "CREDENTIALS_MISSING":
+		return "give an API key: --api-key-file FILE, or the variable " + KeyVar
+	case "KEY_INVALID", "KEY_EXPIRED", "KEY_REVOKED":
+		return "an admin makes another one: executorctl auth keys create"
+	case "TOKEN_EXPIRED", "TOKEN_INVALID":
+		return "get a new token from its issuer; executorctl auth whoami tries it"
+	case "ROLE_REQUIRED":
+		return "executorctl auth whoami says what you may do"
+	case "KEY_NOT_FOUND":
+		return "executorctl auth keys list --all shows what there is"
+	case "QUOTA_EXCEEDED":
+		return "end or delete something of yours, or try again later"
 	case "SERVER_DRAINING":
 		return "the server is stopping; try again when it is back"
 	case "QUEUE_FULL", "QUEUE_TIMEOUT":

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -28,6 +29,8 @@ type serverKey struct{}
 //	reached METHOD                wait until the method was called
 //	asked METHOD REGEXP           match its last request, as JSON
 //	never METHOD                  the method was not called
+//	private FILE                  only its owner can read it and its directory
+//	want HEADER                   take only calls with this authorization header
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 filepath.Join("testdata", "script"),
@@ -90,6 +93,16 @@ func TestScripts(t *testing.T) {
 					ts.Fatalf("request %s", text)
 				}
 			},
+			"private": func(ts *testscript.TestScript, _ bool, args []string) {
+				for path, mode := range map[string]os.FileMode{args[0]: 0o600, filepath.Dir(args[0]): 0o700} {
+					info, err := os.Stat(ts.MkAbs(path))
+					ts.Check(err)
+					if info.Mode().Perm() != mode {
+						ts.Fatalf("%s has mode %v", path, info.Mode())
+					}
+				}
+			},
+			"want": func(ts *testscript.TestScript, _ bool, args []string) { serverOf(ts).Want(strings.Join(args, " ")) },
 			"never": func(ts *testscript.TestScript, _ bool, args []string) {
 				if n := len(serverOf(ts).Calls(args[0])); n > 0 {
 					ts.Fatalf("%s was called %d times", args[0], n)
