@@ -79,6 +79,17 @@ func rules() []rule {
 			why: "every package may need them, so they need none",
 		},
 		{
+			of:   []string{"./internal/caller"},
+			ours: []string{}, modules: []string{},
+			why: "the domain knows callers by their name, and nothing of how they showed who they are",
+		},
+		{
+			of:    []string{"./internal/auth"},
+			ours:  []string{"./internal/caller", "./internal/fault"},
+			never: []string{"google.golang.org/grpc/..."},
+			why:   "who somebody is does not depend on how they call or what they want",
+		},
+		{
 			of:   []string{"./internal/lifecycle"},
 			ours: []string{}, modules: []string{"golang.org/x/sys/..."},
 			why: "it owns the goroutines of any program, and knows nothing of what runs in it",
