@@ -852,7 +852,7 @@ func FuzzAnswers(f *testing.F) {
 			}
 		})
 		p := newPipe(ours, &sync.Pool{})
-		a, err := p.ask(t.Context(), &guestv1.Request{Call: &guestv1.Request_Read{Read: &guestv1.ReadRequest{}}})
+		a, err := p.ask(t.Context(), &guestv1.Request{Call: &guestv1.Request_Read{Read: &guestv1.ReadRequest{}}}, nil)
 		if err == nil {
 			if e := a.response.GetError(); e != nil && KindOf(errorOf(e)) == guestv1.Error_KIND_UNSPECIFIED {
 				t.Errorf("an error without a kind: %v", e)
