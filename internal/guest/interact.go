@@ -3,6 +3,7 @@ package guest
 import (
 	"io"
 	"syscall"
+	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 )
@@ -42,7 +43,7 @@ func (g *Guest) write(r *guestv1.WriteRequest, data []byte) (*guestv1.WriteRespo
 	before, _, _ := c.input.state()
 	committed, closed, err := c.input.write(int64(r.GetOffset()), data, r.GetClose(), wait)
 	if committed > before {
-		c.touch() // what has no room is no activity
+		c.touch(time.Now()) // what has no room is no activity
 	}
 	if err != nil {
 		return nil, err
