@@ -61,7 +61,7 @@ func (in *input) write(offset int64, data []byte, end bool, wait time.Duration) 
 	committed, closed, over := in.state()
 	skip := committed - offset
 	switch {
-	case over:
+	case skip < 0 && over:
 		return 0, false, in.refuse(guestv1.Error_KIND_ENDED, "the command has ended")
 	case skip < 0:
 		return 0, false, in.refuse(guestv1.Error_KIND_INVALID, "offset %d is beyond the committed one, %d", offset, committed)
@@ -69,11 +69,13 @@ func (in *input) write(offset int64, data []byte, end bool, wait time.Duration) 
 		return 0, false, in.refuse(guestv1.Error_KIND_INVALID, "the end at %d is before the committed offset, %d", offset+int64(len(data)), committed)
 	}
 	data = data[min(skip, int64(len(data))):]
-	if closed && len(data) > 0 {
+	switch {
+	case len(data) == 0 && (!end || closed):
+		return committed, closed || over, nil // a repeat, which may come after the end
+	case over:
+		return 0, false, in.refuse(guestv1.Error_KIND_ENDED, "the command has ended")
+	case closed:
 		return 0, false, in.refuse(guestv1.Error_KIND_CLOSED, "the input is closed")
-	}
-	if closed || len(data) == 0 && !end {
-		return committed, closed, nil
 	}
 	if err := in.put(data, deadline); err != nil {
 		return 0, false, err

@@ -99,7 +99,8 @@ func TestInput(t *testing.T) {
 		if string(o.stdout) != "hello \x00\xff world, again!" || string(o.stderr) != "end\n" {
 			t.Errorf("stdout %q, stderr %q", o.stdout, o.stderr)
 		}
-		_, err = g.Write("cat", 22, "", false, 0)
+		g.write("cat", 20, "n!", true) // a repeat that comes late
+		_, err = g.Write("cat", 22, "x", false, 0)
 		wantRefused(t, err, guestv1.Error_KIND_ENDED, 22)
 		g.release("cat")
 	})

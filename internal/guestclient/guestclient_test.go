@@ -60,7 +60,7 @@ func calls() map[string]func(ctx context.Context, c *Client) error {
 			return err
 		},
 		"write": func(ctx context.Context, c *Client) error {
-			_, err := c.Write(ctx, "x", 5, []byte("abc"), true, time.Second)
+			_, err := c.Write(ctx, "x", 5, []byte("abc"), true, 0)
 			return err
 		},
 		"resize": func(ctx context.Context, c *Client) error {

@@ -70,7 +70,7 @@ func (in *input) write(r *guestv1.WriteRequest, data []byte) (answer *Answer, wa
 	defer in.mu.Unlock()
 	told := func() *Answer {
 		return &Answer{Response: &guestv1.Response{Answer: &guestv1.Response_Write{
-			Write: &guestv1.WriteResponse{CommittedOffset: uint64(in.committed), Closed: in.closed || r.Offset == nil && in.over},
+			Write: &guestv1.WriteResponse{CommittedOffset: uint64(in.committed), Closed: in.closed || in.over},
 		}}}
 	}
 	refused := func(kind guestv1.Error_Kind, message string) *Answer {
@@ -84,17 +84,19 @@ func (in *input) write(r *guestv1.WriteRequest, data []byte) (answer *Answer, wa
 	}
 	skip := in.committed - int64(r.GetOffset())
 	switch {
-	case in.over:
+	case skip < 0 && in.over:
 		return refused(guestv1.Error_KIND_ENDED, "the command has ended"), nil
 	case skip < 0, r.GetClose() && skip > int64(len(data)):
 		return refused(guestv1.Error_KIND_INVALID, fmt.Sprintf("%d bytes were taken", in.committed)), nil
 	}
 	data = data[min(skip, int64(len(data))):]
 	switch {
-	case in.closed && len(data) > 0:
-		return refused(guestv1.Error_KIND_CLOSED, "the input is closed"), nil
-	case in.closed:
+	case len(data) == 0 && (!r.GetClose() || in.closed):
 		return told(), nil
+	case in.over:
+		return refused(guestv1.Error_KIND_ENDED, "the command has ended"), nil
+	case in.closed:
+		return refused(guestv1.Error_KIND_CLOSED, "the input is closed"), nil
 	}
 	n := min(len(data), InputBytes-len(in.data))
 	in.data = append(in.data, data[:n]...)
