@@ -13,10 +13,14 @@ import (
 	"google.golang.org/grpc"
 )
 
-// inputAhead is how many pieces of input of one client wait to be written. With them a
-// client that keeps to its 65,536 bytes never waits for the program, so that a new size
-// of its terminal is not stuck behind its input.
-const inputAhead = 4
+const (
+	// inputAhead is how much input of one client waits to be written. A client that keeps
+	// to it never waits for the program, so that a new size of its terminal is not stuck
+	// behind its input.
+	inputAhead = 65536
+	// piecesAhead bounds the pieces of that which cannot be joined.
+	piecesAhead = 64
+)
 
 // attachStream is the stream of AttachExecution.
 type attachStream = grpc.BidiStreamingServer[executorv1.AttachExecutionRequest, executorv1.AttachExecutionResponse]
@@ -55,7 +59,7 @@ func (s *executorService) AttachExecution(stream attachStream) error {
 		cancel(nil)
 		return err
 	}
-	a := &attached{stream: stream, input: input, pieces: make(chan execution.Input, inputAhead), end: cancel}
+	a := &attached{stream: stream, input: input, changed: make(chan struct{}), end: cancel}
 	// Neither is waited for here: Recv returns only when the handler has.
 	s.senders.group.Go(func() { defer s.recovered(ctx, cancel); a.receive(ctx) })
 	s.senders.group.Go(func() { defer s.recovered(ctx, cancel); a.write(ctx) })
@@ -82,12 +86,15 @@ func errFirstMessage() error {
 type attached struct {
 	stream attachStream
 	input  Attachment
-	// pieces is what was received and is to be written. Only receive sends on it.
-	pieces chan execution.Input
 	// end ends the stream with an error.
 	end context.CancelCauseFunc
 
 	sending sync.Mutex // held by whoever sends
+
+	mu      sync.Mutex
+	pieces  []execution.Input // what was received and is to be written
+	ahead   int               // bytes of it
+	changed chan struct{}     // closed when there is more or less of it
 }
 
 func (a *attached) send(m *executorv1.AttachExecutionResponse) error {
@@ -130,12 +137,76 @@ func (a *attached) take(ctx context.Context, m *executorv1.AttachExecutionReques
 	}
 }
 
+// queue adds a piece to what is to be written. For a client that is too far ahead it
+// waits.
 func (a *attached) queue(ctx context.Context, piece execution.Input) error {
-	select {
-	case a.pieces <- piece:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	a.mu.Lock()
+	for len(a.pieces) > 0 && (a.ahead+len(piece.Data) > inputAhead || len(a.pieces) == piecesAhead) {
+		changed := a.changed
+		a.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		a.mu.Lock()
+	}
+	defer a.mu.Unlock()
+	a.ahead += len(piece.Data)
+	if n := len(a.pieces); n == 0 || !join(&a.pieces[n-1], piece) {
+		a.pieces = append(a.pieces, piece)
+	}
+	a.change()
+	return nil
+}
+
+// join adds a piece to the one before it, if it follows on that: keys that are pressed
+// one by one are written together when they have to wait.
+func join(before *execution.Input, piece execution.Input) bool {
+	follows := before.Offset == nil && piece.Offset == nil ||
+		before.Offset != nil && piece.Offset != nil && *before.Offset+int64(len(before.Data)) == *piece.Offset
+	if !follows || before.Close || len(before.Data)+len(piece.Data) > execution.MaxInputBytes {
+		return false
+	}
+	before.Data = append(before.Data[:len(before.Data):len(before.Data)], piece.Data...)
+	before.Close = piece.Close
+	return true
+}
+
+// change tells those who wait. The caller holds mu.
+func (a *attached) change() {
+	close(a.changed)
+	a.changed = make(chan struct{})
+}
+
+// dequeue takes the next piece; changed closes when there may be one.
+func (a *attached) dequeue() (piece execution.Input, ok bool, changed <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.pieces) == 0 {
+		return execution.Input{}, false, a.changed
+	}
+	piece = a.pieces[0]
+	a.pieces = a.pieces[1:]
+	a.ahead -= len(piece.Data)
+	a.change()
+	return piece, true, nil
+}
+
+// await takes the next piece when there is one.
+func (a *attached) await(ctx context.Context) (execution.Input, error) {
+	for {
+		piece, ok, changed := a.dequeue()
+		if ok {
+			return piece, nil
+		}
+		select {
+		case <-changed:
+		case <-a.input.Lost():
+			return piece, a.input.Err()
+		case <-ctx.Done():
+			return piece, context.Cause(ctx)
+		}
 	}
 }
 
@@ -160,15 +231,12 @@ func (a *attached) write(ctx context.Context) {
 			a.end(err)
 			return
 		}
-		select {
-		case piece := <-a.pieces:
-			state, err = a.writeWhole(ctx, state, piece)
-		case <-a.input.Lost():
-			a.end(a.input.Err())
-			return
-		case <-ctx.Done():
+		piece, wrong := a.await(ctx)
+		if wrong != nil {
+			a.end(wrong)
 			return
 		}
+		state, err = a.writeWhole(ctx, state, piece)
 	}
 }
 
