@@ -107,7 +107,7 @@ func (s *Service) WriteInput(ctx context.Context, ref Ref, in Input) (InputState
 	if err != nil {
 		return InputState{}, err
 	}
-	return r.write(ctx, in)
+	return r.writeInput(ctx, in)
 }
 
 // Resize changes the size of a running execution's terminal. Faults: NotFound,
@@ -196,8 +196,8 @@ func (s *Service) interactive(ctx context.Context, ref Ref, suits func(Command) 
 	}
 }
 
-// write hands a piece of input to the guest, which waits for room.
-func (r *run) write(ctx context.Context, in Input) (InputState, error) {
+// writeInput hands a piece of input to the guest, which waits for room.
+func (r *run) writeInput(ctx context.Context, in Input) (InputState, error) {
 	select {
 	case r.inlet.turn <- struct{}{}:
 	case <-ctx.Done():
