@@ -204,6 +204,63 @@ func TestAttachTakesOver(t *testing.T) {
 	}
 }
 
+// Keys that are pressed one by one at a program that does not read: they are joined, so
+// that neither their number nor what waits for room stands in the way of a size.
+func TestAttachJoinsKeys(t *testing.T) {
+	b := newBench(t)
+	log := b.executions.add(execution.Execution{ID: "e1", State: execution.Running})
+	log.makeRoom(10)
+	log.start()
+	c := b.attach(t, attachStart())
+	const keys = 5000
+	for i := range int64(keys) {
+		c.say(attachInput(i, string(rune('a'+i%26))))
+	}
+	c.say(attachResize(7, 8))
+	for waiting := true; waiting; time.Sleep(time.Millisecond) {
+		b.executions.mu.Lock()
+		waiting = len(b.executions.sizes) == 0
+		b.executions.mu.Unlock()
+	}
+	log.makeRoom(keys + 1)
+	c.untilState(&executorv1.InputState{CommittedOffset: keys})
+	got, _ := log.written()
+	for i := range got {
+		if got[i] != byte('a'+i%26) {
+			t.Fatalf("byte %d is %q", i, got[i])
+		}
+	}
+	log.exit(0)
+	if err := c.end(); !errors.Is(err, io.EOF) {
+		t.Error(err)
+	}
+}
+
+func TestJoin(t *testing.T) {
+	at := func(n int64) *int64 { return &n }
+	for name, c := range map[string]struct {
+		before, piece execution.Input
+		want          string // "" if they are not joined
+	}{
+		"follows":          {execution.Input{Offset: at(5), Data: []byte("ab")}, execution.Input{Offset: at(7), Data: []byte("c")}, "abc"},
+		"without offsets":  {execution.Input{Data: []byte("ab")}, execution.Input{Data: []byte("c")}, "abc"},
+		"the end":          {execution.Input{Offset: at(0), Data: []byte("ab")}, execution.Input{Offset: at(2), Close: true}, "ab"},
+		"a hole":           {execution.Input{Offset: at(5), Data: []byte("ab")}, execution.Input{Offset: at(8), Data: []byte("c")}, ""},
+		"a repeat":         {execution.Input{Offset: at(5), Data: []byte("ab")}, execution.Input{Offset: at(6), Data: []byte("b")}, ""},
+		"one with, one no": {execution.Input{Offset: at(5), Data: []byte("ab")}, execution.Input{Data: []byte("c")}, ""},
+		"behind the end":   {execution.Input{Data: []byte("ab"), Close: true}, execution.Input{Data: []byte("c")}, ""},
+		"too much":         {execution.Input{Data: make([]byte, execution.MaxInputBytes)}, execution.Input{Data: []byte("c")}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			before := c.before
+			joined := join(&before, c.piece)
+			if joined != (c.want != "") || joined && (string(before.Data) != c.want || before.Close != c.piece.Close) {
+				t.Errorf("%v: %q", joined, before.Data)
+			}
+		})
+	}
+}
+
 // Input that has no room keeps neither sizes nor events from coming through.
 func TestAttachWithoutRoom(t *testing.T) {
 	b := newBench(t)

@@ -16,8 +16,7 @@ type keyboard struct {
 	from io.Reader
 }
 
-// read reads some bytes. Of what is no file only the first read that waits is waited
-// for.
+// read reads some bytes. Only a file can be given up on: another reader must not wait.
 func (k keyboard) read(ctx context.Context, p []byte) (int, error) {
 	file, ok := k.from.(*os.File)
 	if !ok {
