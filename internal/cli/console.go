@@ -17,7 +17,7 @@ import (
 )
 
 // errDetached is the cause when the user leaves by "~.".
-var errDetached = errors.New("left by ~.")
+var errDetached = errors.New("left by the escape ~. at the terminal")
 
 // signalled is the cause when a signal ends executorctl.
 type signalled struct{ syscall.Signal }

@@ -1,7 +1,6 @@
 package execution_test
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -120,7 +119,7 @@ func TestLocalSignals(t *testing.T) {
 	}
 	closed := r.start(execution.Request{Command: execution.Command{Args: []string{"bash", "-c", "exec <&-; echo closed; sleep 1000"}, Stdin: true}})
 	r.shown(closed, "closed")
-	_, err := r.WriteInput(t.Context(), closed, execution.Input{Data: []byte(fmt.Sprint("x"))})
+	_, err := r.WriteInput(t.Context(), closed, execution.Input{Data: []byte("x")})
 	wantFault(t, err, fault.FailedPrecondition, "STDIN_CLOSED")
 	r.cancel(closed, 0)
 }
