@@ -156,7 +156,7 @@ func TestTerminalLosesNoLastWords(t *testing.T) {
 func TestTerminalStrays(t *testing.T) {
 	overTrees(t, func(t *testing.T, g *guestProcess) {
 		begun := time.Now()
-		o := g.run(g.onTerminal("x", "(trap '' HUP TERM; while :; do sleep 0.1; done) & setsid sleep 1000 & echo gone"))
+		o := g.run(g.onTerminal("x", "(trap '' HUP TERM; : > a; while :; do sleep 0.1; done) & setsid sh -c ': > b; exec sleep 1000' & until [ -e a -a -e b ]; do sleep 0.01; done; echo gone"))
 		wantCode(t, o, 0)
 		if string(o.stdout) != "gone\r\n" || !o.exit.GetTreeEmpty() || o.exit.GetReaped() < 2 {
 			t.Errorf("stdout %q, exit %v", o.stdout, o.exit)
