@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 
+	"google.golang.org/grpc"
+
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 )
 
@@ -43,10 +45,15 @@ func (c *Client) WriteInput(ctx context.Context, name string, offset int64, data
 	}
 }
 
-// Signal sends a signal to an execution. It is not repeated: a lost connection is an
-// error, after which the signal may have been sent or not.
+// Signal sends a signal to an execution. When the connection breaks before the answer it
+// is asked again, with the request_id that it has, as by Execute; ErrUnconfirmed if that
+// does not do.
 func (c *Client) Signal(ctx context.Context, name string, signal int32, scope executorv1.SignalScope) error {
-	_, err := c.executor.SignalExecution(ctx, &executorv1.SignalExecutionRequest{Name: name, Signal: signal, Scope: scope})
+	request := identified(&executorv1.SignalExecutionRequest{Name: name, Signal: signal, Scope: scope})
+	err := c.mutate(ctx, name, func(option grpc.CallOption) error {
+		_, err := c.executor.SignalExecution(ctx, request, option)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("signal %s: %w", name, err)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 // fakeAttachment is a writer of a fakeLog's input.
@@ -80,7 +81,7 @@ func (l *fakeLog) makeRoom(n int) {
 	l.changed = make(chan struct{})
 }
 
-func (f *fakeExecutions) Signal(ctx context.Context, ref execution.Ref, signal int32, scope execution.Scope) error {
+func (f *fakeExecutions) Signal(ctx context.Context, ref execution.Ref, signal int32, scope execution.Scope, key idempotency.Key) error {
 	if err := f.before(ctx, "Signal"); err != nil {
 		return err
 	}
@@ -89,6 +90,7 @@ func (f *fakeExecutions) Signal(ctx context.Context, ref execution.Ref, signal i
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.keys = append(f.keys, key)
 	f.signals = append(f.signals, fmt.Sprint(signal, " ", scope))
 	return nil
 }

@@ -36,7 +36,7 @@ type Executions interface {
 	// WriteInput writes to the input of one that runs, as far as there is room.
 	WriteInput(ctx context.Context, ref execution.Ref, in execution.Input) (execution.InputState, error)
 	// Signal sends a signal to processes of one that runs.
-	Signal(ctx context.Context, ref execution.Ref, signal int32, scope execution.Scope) error
+	Signal(ctx context.Context, ref execution.Ref, signal int32, scope execution.Scope, key idempotency.Key) error
 	// Attach makes a writer the one that writes to its input.
 	Attach(ctx context.Context, ref execution.Ref, writer string, takeOver bool) (Attachment, error)
 	// Delete deletes an ended one.

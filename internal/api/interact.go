@@ -31,7 +31,11 @@ func (s *executorService) SignalExecution(ctx context.Context, req *executorv1.S
 	if err != nil {
 		return nil, err
 	}
-	if err := s.executions.Signal(ctx, ref, req.GetSignal(), scope); err != nil {
+	key, err := s.keys.of(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.executions.Signal(ctx, ref, req.GetSignal(), scope, key); err != nil {
 		return nil, err
 	}
 	return &executorv1.SignalExecutionResponse{}, nil

@@ -10,6 +10,7 @@ import (
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/guestclient"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 const (
@@ -124,9 +125,10 @@ func (s *Service) Resize(ctx context.Context, ref Ref, size TerminalSize) error 
 	return r.explain(ctx, r.guest.Resize(ctx, r.id, size.proto()))
 }
 
-// Signal sends a signal, 1 to 64, to processes of a running execution. Faults:
-// NotFound, FailedPrecondition (EXECUTION_ENDED), Unavailable (GUEST_UNREACHABLE).
-func (s *Service) Signal(ctx context.Context, ref Ref, signal int32, scope Scope) error {
+// Signal sends a signal, 1 to 64, to processes of a running execution. A repeat, by its
+// key, of one that was sent sends nothing. Faults: NotFound, FailedPrecondition
+// (EXECUTION_ENDED), AlreadyExists (REQUEST_ID_REUSED), Unavailable (GUEST_UNREACHABLE).
+func (s *Service) Signal(ctx context.Context, ref Ref, signal int32, scope Scope, key idempotency.Key) error {
 	scopes := [...]guestv1.SignalRequest_Scope{
 		ScopeProcess: guestv1.SignalRequest_SCOPE_PROCESS, ScopeGroup: guestv1.SignalRequest_SCOPE_GROUP, ScopeTree: guestv1.SignalRequest_SCOPE_TREE,
 	}
@@ -136,11 +138,26 @@ func (s *Service) Signal(ctx context.Context, ref Ref, signal int32, scope Scope
 	if int(scope) >= len(scopes) {
 		return fault.InvalidField("SIGNAL_SCOPE", "scope", "%d is none", scope)
 	}
+	earlier, done, err := s.requests.Begin(ctx, key)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if earlier != "" {
+		return nil
+	}
 	r, err := s.interactive(ctx, ref, nil, nil)
 	if err != nil {
 		return err
 	}
-	return r.explain(ctx, r.guest.Signal(ctx, r.id, signal, scopes[scope]))
+	if err := r.guest.Signal(ctx, r.id, signal, scopes[scope]); err != nil {
+		return r.explain(ctx, err)
+	}
+	// Behind it: a signal that was not sent must not pass for one that was.
+	if err := s.requests.Note(context.WithoutCancel(ctx), key, ref.ID); err != nil {
+		return err
+	}
+	return s.requests.Sync(ctx, key)
 }
 
 func errEnded(id string) error {

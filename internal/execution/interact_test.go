@@ -15,6 +15,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 // open is a request whose input is open.
@@ -84,7 +85,9 @@ func TestInteractionRefused(t *testing.T) {
 			return err
 		}
 		resize := func(ref execution.Ref, s execution.TerminalSize) error { return r.Resize(t.Context(), ref, s) }
-		signal := func(ref execution.Ref, n int32, s execution.Scope) error { return r.Signal(t.Context(), ref, n, s) }
+		signal := func(ref execution.Ref, n int32, s execution.Scope) error {
+			return r.Signal(t.Context(), ref, n, s, idempotency.Key{})
+		}
 		for name, c := range map[string]struct {
 			err    error
 			kind   fault.Kind
@@ -134,19 +137,64 @@ func TestResizeAndSignal(t *testing.T) {
 			t.Fatal(err)
 		}
 		for scope := range execution.Scope(3) {
-			if err := r.Signal(t.Context(), ref, 10, scope); err != nil {
+			if err := r.Signal(t.Context(), ref, 10, scope, idempotency.Key{}); err != nil {
 				t.Fatal(err)
 			}
 		}
 		if got := r.fake.Heard(r.get(ref).Sandbox, ref.ID); !slices.Equal(got, []string{"resize 50x132", "signal 10 SCOPE_PROCESS", "signal 10 SCOPE_GROUP", "signal 10 SCOPE_TREE"}) {
 			t.Errorf("heard %q", got)
 		}
-		if err := r.Signal(t.Context(), ref, 9, execution.ScopeProcess); err != nil {
+		if err := r.Signal(t.Context(), ref, 9, execution.ScopeProcess, idempotency.Key{}); err != nil {
 			t.Fatal(err)
 		}
 		if res := r.wait(ref).Result; res.Reason != execution.Signaled || res.Signal != 9 {
 			t.Errorf("%+v", res)
 		}
+	})
+}
+
+// A repeat of a signal that was sent sends nothing; one that was refused can be tried
+// again, and a name stands for one request.
+func TestRepeatedSignal(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		cfg := scripted(enginefake.Script{Deaf: true})
+		silent := true
+		var mu sync.Mutex
+		cfg.Hooks.Ask = func(_ string, q *guestv1.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			return q.GetSignal() == nil || !silent
+		}
+		r := newRig(t, cfg)
+		ref := r.start(execution.Request{})
+		key := func(id string) idempotency.Key {
+			return idempotency.Key{ID: id, Method: "SignalExecution", Fingerprint: "10"}
+		}
+		err := r.Signal(t.Context(), ref, 10, execution.ScopeProcess, key("a"))
+		wantFault(t, err, fault.Unavailable, "GUEST_UNREACHABLE")
+		mu.Lock()
+		silent = false
+		mu.Unlock()
+		for range 3 {
+			if err := r.Signal(t.Context(), ref, 10, execution.ScopeProcess, key("a")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.restart()
+		if err := r.Signal(t.Context(), ref, 10, execution.ScopeProcess, key("a")); err != nil {
+			t.Fatal(err)
+		}
+		other := key("a")
+		other.Fingerprint = "12"
+		wantFault(t, r.Signal(t.Context(), ref, 12, execution.ScopeProcess, other), fault.AlreadyExists, "REQUEST_ID_REUSED")
+		if got := r.fake.Heard(r.get(ref).Sandbox, ref.ID); len(got) != 1 {
+			t.Errorf("heard %q", got)
+		}
+		r.cancel(ref, 0)
+		if err := r.Signal(t.Context(), ref, 10, execution.ScopeProcess, key("a")); err != nil {
+			t.Errorf("a repeat after the end: %v", err)
+		}
+		wantFault(t, r.Signal(t.Context(), ref, 10, execution.ScopeProcess, key("b")), fault.FailedPrecondition, "EXECUTION_ENDED")
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/idempotency"
 )
 
 // shown waits until an execution has written a text to stdout.
@@ -89,7 +90,7 @@ func TestLocalTerminal(t *testing.T) {
 	r.shown(ref, "50 132")
 	say("sleep 1000\r")
 	time.Sleep(200 * time.Millisecond)
-	if err := r.Signal(t.Context(), ref, 2, execution.ScopeGroup); err != nil {
+	if err := r.Signal(t.Context(), ref, 2, execution.ScopeGroup, idempotency.Key{}); err != nil {
 		t.Fatal(err)
 	}
 	say("echo code $?\r")
@@ -106,14 +107,14 @@ func TestLocalSignals(t *testing.T) {
 	for _, sig := range []int32{1, 2, 9, 11, 15, 40} {
 		ref := r.start(bash("sleep 1000 & setsid sleep 1000 & echo ready; wait"))
 		r.shown(ref, "ready")
-		if err := r.Signal(t.Context(), ref, sig, execution.ScopeProcess); err != nil {
+		if err := r.Signal(t.Context(), ref, sig, execution.ScopeProcess, idempotency.Key{}); err != nil {
 			t.Fatal(err)
 		}
 		res := r.wait(ref).Result
 		if res.Reason != execution.Signaled || res.Signal != sig || res.ExitCode != nil || !res.TreeEmpty || res.Killed {
 			t.Errorf("signal %d: %+v", sig, res)
 		}
-		if err := r.Signal(t.Context(), ref, sig, execution.ScopeTree); fault.ReasonOf(err) != "EXECUTION_ENDED" {
+		if err := r.Signal(t.Context(), ref, sig, execution.ScopeTree, idempotency.Key{}); fault.ReasonOf(err) != "EXECUTION_ENDED" {
 			t.Errorf("after signal %d: %v", sig, err)
 		}
 	}

@@ -1804,7 +1804,12 @@ type SignalExecutionRequest struct {
 	// The signal's number on Linux, such as 15 for TERM; 1 to 64.
 	Signal int32 `protobuf:"varint,2,opt,name=signal,proto3" json:"signal,omitempty"`
 	// Who gets it; default SIGNAL_SCOPE_PROCESS.
-	Scope         SignalScope `protobuf:"varint,3,opt,name=scope,proto3,enum=harvest.executor.v1.SignalScope" json:"scope,omitempty"`
+	Scope SignalScope `protobuf:"varint,3,opt,name=scope,proto3,enum=harvest.executor.v1.SignalScope" json:"scope,omitempty"`
+	// Makes the call safe to repeat, as in ExecuteRequest: a repeat of one that was
+	// carried out sends nothing and is answered as the first, also after the execution's
+	// end. When executord or its connection to the sandbox dies in the very moment of
+	// sending, the signal can come twice.
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1858,6 +1863,13 @@ func (x *SignalExecutionRequest) GetScope() SignalScope {
 		return x.Scope
 	}
 	return SignalScope_SIGNAL_SCOPE_UNSPECIFIED
+}
+
+func (x *SignalExecutionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
 }
 
 // SignalExecutionResponse says that the signal was sent.
@@ -2023,11 +2035,13 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
 	"InputState\x12)\n" +
 	"\x10committed_offset\x18\x01 \x01(\x03R\x0fcommittedOffset\x12\x16\n" +
-	"\x06closed\x18\x02 \x01(\bR\x06closed\"\xd2\x01\n" +
+	"\x06closed\x18\x02 \x01(\bR\x06closed\"\x90\x02\n" +
 	"\x16SignalExecutionRequest\x12S\n" +
 	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x12!\n" +
 	"\x06signal\x18\x02 \x01(\x05B\t\xbaH\x06\x1a\x04\x18@(\x01R\x06signal\x12@\n" +
-	"\x05scope\x18\x03 \x01(\x0e2 .harvest.executor.v1.SignalScopeB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05scope\"\x19\n" +
+	"\x05scope\x18\x03 \x01(\x0e2 .harvest.executor.v1.SignalScopeB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05scope\x12<\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"\x19\n" +
 	"\x17SignalExecutionResponse*t\n" +
 	"\vSignalScope\x12\x1c\n" +
 	"\x18SIGNAL_SCOPE_UNSPECIFIED\x10\x00\x12\x18\n" +

@@ -108,7 +108,8 @@ type ExecutorServiceClient interface {
 	AttachExecution(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AttachExecutionRequest, AttachExecutionResponse], error)
 	// Sends a signal to processes of a running execution; waits for one that is
 	// starting. What the signal does is the program's affair: CancelExecution ends one
-	// for certain. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED).
+	// for certain. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED); ALREADY_EXISTS
+	// (REQUEST_ID_REUSED).
 	SignalExecution(ctx context.Context, in *SignalExecutionRequest, opts ...grpc.CallOption) (*SignalExecutionResponse, error)
 	// Deletes an ended execution with its log. NOT_FOUND; FAILED_PRECONDITION (reason
 	// EXECUTION_NOT_ENDED) while it runs.
@@ -346,7 +347,8 @@ type ExecutorServiceServer interface {
 	AttachExecution(grpc.BidiStreamingServer[AttachExecutionRequest, AttachExecutionResponse]) error
 	// Sends a signal to processes of a running execution; waits for one that is
 	// starting. What the signal does is the program's affair: CancelExecution ends one
-	// for certain. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED).
+	// for certain. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED); ALREADY_EXISTS
+	// (REQUEST_ID_REUSED).
 	SignalExecution(context.Context, *SignalExecutionRequest) (*SignalExecutionResponse, error)
 	// Deletes an ended execution with its log. NOT_FOUND; FAILED_PRECONDITION (reason
 	// EXECUTION_NOT_ENDED) while it runs.
