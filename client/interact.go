@@ -46,16 +46,16 @@ func (c *Client) WriteInput(ctx context.Context, name string, offset int64, data
 }
 
 // Signal sends a signal to an execution. When the connection breaks before the answer it
-// is asked again, with the request_id that it has, as by Execute; ErrUnconfirmed if that
+// is asked again, with the request's request_id or a random one; ErrUnconfirmed if that
 // does not do.
-func (c *Client) Signal(ctx context.Context, name string, signal int32, scope executorv1.SignalScope) error {
-	request := identified(&executorv1.SignalExecutionRequest{Name: name, Signal: signal, Scope: scope})
-	err := c.mutate(ctx, name, func(option grpc.CallOption) error {
+func (c *Client) Signal(ctx context.Context, request *executorv1.SignalExecutionRequest) error {
+	request = identified(request)
+	err := c.mutate(ctx, request.GetName(), func(option grpc.CallOption) error {
 		_, err := c.executor.SignalExecution(ctx, request, option)
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("signal %s: %w", name, err)
+		return fmt.Errorf("signal %s: %w", request.GetName(), err)
 	}
 	return nil
 }

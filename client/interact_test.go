@@ -173,7 +173,7 @@ func TestInputWithoutReaders(t *testing.T) {
 	f.until(t, "ready")
 	f.Resize(3, 4)
 	f.until(t, "3x4")
-	if err := c.Signal(t.Context(), f.Name(), 10, executorv1.SignalScope_SIGNAL_SCOPE_TREE); err != nil {
+	if err := c.Signal(t.Context(), &executorv1.SignalExecutionRequest{Name: f.Name(), Signal: 10, Scope: executorv1.SignalScope_SIGNAL_SCOPE_TREE}); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.end(t); err != nil || f.Result().GetExitCode() != 5 {
@@ -202,13 +202,13 @@ func TestInputThatTheProgramCloses(t *testing.T) {
 	if !errors.Is(err, client.ErrInputClosed) {
 		t.Errorf("%v", err)
 	}
-	if err := c.Signal(t.Context(), f.Name(), 15, 0); err != nil {
+	if err := c.Signal(t.Context(), &executorv1.SignalExecutionRequest{Name: f.Name(), Signal: 15}); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.end(t); err != nil {
 		t.Error(err)
 	}
-	if err := c.Signal(t.Context(), f.Name(), 15, 0); client.Reason(err) != "EXECUTION_ENDED" {
+	if err := c.Signal(t.Context(), &executorv1.SignalExecutionRequest{Name: f.Name(), Signal: 15}); client.Reason(err) != "EXECUTION_ENDED" {
 		t.Errorf("%v", err)
 	}
 }

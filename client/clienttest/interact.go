@@ -186,13 +186,15 @@ func (s *Server) SignalExecution(_ context.Context, r *executorv1.SignalExecutio
 	if err != nil {
 		return nil, err
 	}
-	if x.ended() {
-		return nil, Error(codes.FailedPrecondition, "EXECUTION_ENDED", nil, r.GetName()+" has ended")
-	}
-	x.input.change(func() {
-		x.input.signals = append(x.input.signals, fmt.Sprintf("signal %d %s", r.GetSignal(), r.GetScope()))
+	return once(s, r, func() (*executorv1.SignalExecutionResponse, error) {
+		if x.ended() {
+			return nil, Error(codes.FailedPrecondition, "EXECUTION_ENDED", nil, r.GetName()+" has ended")
+		}
+		x.input.change(func() {
+			x.input.signals = append(x.input.signals, fmt.Sprintf("signal %d %s", r.GetSignal(), r.GetScope()))
+		})
+		return &executorv1.SignalExecutionResponse{}, nil
 	})
-	return &executorv1.SignalExecutionResponse{}, nil
 }
 
 // attach makes a client the writer.

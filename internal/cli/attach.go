@@ -71,7 +71,7 @@ certain see cancel.`,
 		if err != nil {
 			return err
 		}
-		return c.Signal(ctx, name, number, scope.v)
+		return c.Signal(ctx, &executorv1.SignalExecutionRequest{Name: name, Signal: number, Scope: scope.v})
 	})
 	return cmd
 }

@@ -451,7 +451,7 @@ func TestStoppedProgram(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, sig := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGCONT, syscall.SIGSTOP} {
-		if err := c.Signal(t.Context(), s.Name(), int32(sig), executorv1.SignalScope_SIGNAL_SCOPE_TREE); err != nil {
+		if err := c.Signal(t.Context(), &executorv1.SignalExecutionRequest{Name: s.Name(), Signal: int32(sig), Scope: executorv1.SignalScope_SIGNAL_SCOPE_TREE}); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(200 * time.Millisecond)
@@ -464,7 +464,7 @@ func TestStoppedProgram(t *testing.T) {
 	if !strings.Contains(k.stdout(), "went on") {
 		t.Errorf("stdout %q", k.stdout())
 	}
-	err = c.Signal(t.Context(), s.Name(), 15, executorv1.SignalScope_SIGNAL_SCOPE_PROCESS)
+	err = c.Signal(t.Context(), &executorv1.SignalExecutionRequest{Name: s.Name(), Signal: 15, Scope: executorv1.SignalScope_SIGNAL_SCOPE_PROCESS})
 	if client.Reason(err) != "EXECUTION_ENDED" {
 		t.Errorf("%v", err)
 	}
