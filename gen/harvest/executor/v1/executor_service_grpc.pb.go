@@ -52,6 +52,7 @@ const (
 //
 // Every call that changes something takes a request_id, with which it can be repeated
 // when its answer was lost.
+// Input is addressed by its offset instead.
 //
 // Errors carry google.rpc.ErrorInfo (domain "executord.harvest.run"), bad fields
 // also google.rpc.BadRequest.
@@ -291,6 +292,7 @@ func (c *executorServiceClient) DeleteExecution(ctx context.Context, in *DeleteE
 //
 // Every call that changes something takes a request_id, with which it can be repeated
 // when its answer was lost.
+// Input is addressed by its offset instead.
 //
 // Errors carry google.rpc.ErrorInfo (domain "executord.harvest.run"), bad fields
 // also google.rpc.BadRequest.
