@@ -328,10 +328,8 @@ func TestKillInMidInput(t *testing.T) {
 	k := newChecker()
 	var hands sync.WaitGroup
 	var followErr, writeErr error
-	written := make(chan struct{})
 	hands.Go(func() { followErr = k.follow(a.Stream) })
 	hands.Go(func() {
-		defer close(written)
 		var piece bytes.Buffer
 		for i := range lines {
 			fmt.Fprintf(&piece, "line %d of many, many lines\n", i)
@@ -345,6 +343,9 @@ func TestKillInMidInput(t *testing.T) {
 		}
 		a.CloseInput()
 	})
+	for a.Committed() == 0 { // one that has not been started is not taken up
+		time.Sleep(time.Millisecond)
+	}
 	for range repetitions(t, 5) {
 		time.Sleep(time.Duration(rand.IntN(400)) * time.Millisecond)
 		d.kill()
@@ -353,7 +354,7 @@ func TestKillInMidInput(t *testing.T) {
 	}
 	hands.Wait()
 	if err := errors.Join(followErr, writeErr, k.err); err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v; %v; the program says …%q; %d bytes are committed", err, k.result, tail([]byte(k.stdout()), 200), a.Committed())
 	}
 	if want := fmt.Sprintf("read %d\n", lines); !strings.HasSuffix(k.stdout(), want) || k.result.GetExitCode() != 0 {
 		t.Errorf("%v; the program says …%q", k.result, tail([]byte(k.stdout()), 200))
@@ -376,13 +377,22 @@ func TestWriteInputSurvivesAKill(t *testing.T) {
 	var hands sync.WaitGroup
 	var followErr, writeErr error
 	hands.Go(func() { followErr = k.follow(s) })
+	begun := make(chan struct{})
 	hands.Go(func() {
 		for at := int64(0); at < int64(len(data)) && writeErr == nil; {
+			if at >= 20_000 {
+				select {
+				case <-begun:
+				default:
+					close(begun) // as above
+				}
+			}
 			n := min(20_000, int64(len(data))-at)
 			at, writeErr = c.WriteInput(t.Context(), s.Name(), at, data[at:at+n], at+n == int64(len(data)))
 			time.Sleep(20 * time.Millisecond)
 		}
 	})
+	<-begun
 	for range 2 {
 		time.Sleep(100 * time.Millisecond)
 		d.kill()
@@ -445,18 +455,33 @@ func TestStoppedProgram(t *testing.T) {
 	d := start(t)
 	c := d.dial()
 	command := bash("trap 'echo went on' CONT; echo ready; while :; do sleep 0.05; done")
-	command.Timeout, command.GracePeriod = durationpb.New(3*time.Second), durationpb.New(200*time.Millisecond)
+	command.Timeout, command.GracePeriod = durationpb.New(5*time.Second), durationpb.New(200*time.Millisecond)
 	s, err := c.Execute(t.Context(), &executorv1.ExecuteRequest{Command: command})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, sig := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGCONT, syscall.SIGSTOP} {
+	k := newChecker()
+	until := func(text string) {
+		t.Helper()
+		for !strings.Contains(k.stdout(), text) && k.result == nil {
+			e, err := s.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			k.take(e)
+		}
+	}
+	send := func(sig syscall.Signal) {
+		t.Helper()
 		if err := c.Signal(t.Context(), &executorv1.SignalExecutionRequest{Name: s.Name(), Signal: int32(sig), Scope: executorv1.SignalScope_SIGNAL_SCOPE_TREE}); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(200 * time.Millisecond)
 	}
-	k := newChecker()
+	until("ready")
+	send(syscall.SIGSTOP)
+	send(syscall.SIGCONT)
+	until("went on")
+	send(syscall.SIGSTOP)
 	if err := k.follow(s); err != nil {
 		t.Fatal(err)
 	}
