@@ -389,3 +389,19 @@ func TestStoppedPrograms(t *testing.T) {
 		t.Errorf("exit %v", o.exit)
 	}
 }
+
+// A program that is given input is not idle, whatever else it does.
+func TestInputIsActivity(t *testing.T) {
+	g := startDaemon(t, "cgroup")
+	r := g.sh("x", "exec cat > /dev/null")
+	r.Stdin, r.IdleMs, r.GraceMs = true, 2000, 200
+	g.start(r)
+	for n := range int64(9) {
+		g.write("x", n, "x", false)
+		time.Sleep(500 * time.Millisecond)
+	}
+	o := g.readAll("x", &output{})
+	if o.exit.GetStopCause() != guestv1.StopCause_STOP_CAUSE_IDLE || o.exit.GetRunMicros() < 4_000_000 {
+		t.Errorf("exit %v", o.exit)
+	}
+}
