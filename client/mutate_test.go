@@ -49,6 +49,11 @@ func mutations() []mutation {
 			func(ctx context.Context, c *client.Client, id string) error {
 				return c.Delete(ctx, &executorv1.DeleteExecutionRequest{Name: name, RequestId: id})
 			}},
+		{"SignalExecution", func(_ *testing.T, s *clienttest.Server) {
+			s.Put(&executorv1.Execution{Name: name, State: executorv1.Execution_STATE_RUNNING})
+		}, func(ctx context.Context, c *client.Client, id string) error {
+			return c.Signal(ctx, &executorv1.SignalExecutionRequest{Name: name, Signal: 15, RequestId: id})
+		}},
 		{"TerminateSession", func(t *testing.T, s *clienttest.Server) {
 			if _, err := s.CreateSession(t.Context(), &executorv1.CreateSessionRequest{}); err != nil {
 				t.Fatal(err)

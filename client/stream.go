@@ -36,6 +36,8 @@ type Stream struct {
 	current *attempt
 	// first is the started event that Execute waited for and Recv has yet to return.
 	first *executorv1.Event
+	// inlet is the input of an attached Stream; nil of one that only reads.
+	inlet *inlet
 	// failed is what Recv returns from now on.
 	failed error
 
@@ -308,13 +310,19 @@ func (s *Stream) next() (*executorv1.Event, error) {
 
 // tryNext returns the next event of the open stream, opening one if there is none.
 func (s *Stream) tryNext() (*executorv1.Event, error) {
+	if s.current == nil && s.inlet != nil {
+		a, err := s.openAttached()
+		if err != nil {
+			return nil, err
+		}
+		s.current = a
+	}
 	if s.current == nil {
 		request := &executorv1.WatchExecutionRequest{Name: s.name, HeartbeatInterval: s.beatEvery}
 		if s.books.sequence != 0 || s.books.epoch != "" {
 			request.After = s.books.cursor()
 		}
-		// The last attempt of an outage still gets a moment to connect.
-		a, err := s.open(max(s.lost.left(), time.Second), func(ctx context.Context) (func() (*executorv1.Event, error), error) {
+		a, err := s.open(s.limit(), func(ctx context.Context) (func() (*executorv1.Event, error), error) {
 			stream, err := s.client.executor.WatchExecution(ctx, request)
 			if err != nil {
 				return nil, err
@@ -331,6 +339,10 @@ func (s *Stream) tryNext() (*executorv1.Event, error) {
 	}
 	return s.current.next(s.silence)
 }
+
+// limit is how long an attempt may take to connect. The last of an outage still gets a
+// moment.
+func (s *Stream) limit() time.Duration { return max(s.lost.left(), time.Second) }
 
 // open makes an attempt. The call must return within the limit; 0 sets none.
 func (s *Stream) open(limit time.Duration, call func(context.Context) (func() (*executorv1.Event, error), error)) (*attempt, error) {

@@ -22,6 +22,7 @@ type execution struct {
 	stopped <-chan struct{}
 	cause   func() error
 	env     map[string]string
+	input   *input
 	// name is guarded by the Server's mu; "" once it is deleted.
 	name string
 
@@ -61,6 +62,7 @@ func newExecution(record *executorv1.Execution) *execution {
 	return &execution{
 		stop: stop, stopped: ctx.Done(), cause: func() error { return context.Cause(ctx) },
 		name: record.GetName(), cuts: make(map[uint64]bool), record: proto.CloneOf(record), changed: make(chan struct{}),
+		input: &input{changed: make(chan struct{})},
 	}
 }
 

@@ -24,6 +24,11 @@ import (
 //	env NAME              write the variable's value and a newline to stdout
 //	gap N                 drop N events of 10 bytes of stdout each
 //	await                 wait until it is cancelled, or its session ends
+//	cat                   copy stdin to stdout, to its end
+//	line                  read a line of stdin, or its rest, and write it to stdout
+//	shut                  close stdin
+//	size                  wait until the terminal is resized and write ROWSxCOLUMNS
+//	signalled             wait for a signal and write "signal N SCOPE"
 //	cut                   cut the streams that follow, behind what was written so far
 //	exit N, signal N      end so
 //	timeout, oom, lost, stopped, full, ended   end with that reason
@@ -44,6 +49,9 @@ func run(x *execution, statements []string) {
 
 // step does one statement and returns the result if that ended the program.
 func step(x *execution, verb, rest string) *executorv1.Result {
+	if end, ok := interact(x, verb, rest); ok {
+		return end
+	}
 	n, _ := strconv.ParseInt(rest, 10, 32)
 	switch verb {
 	case "":

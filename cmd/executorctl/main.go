@@ -18,12 +18,12 @@ func main() {
 	if u, err := user.Current(); err == nil {
 		env = append(env, cli.UserVar+"="+u.Username)
 	}
-	os.Exit(cli.Main(context.Background(), os.Args[1:], env, os.Stdin, os.Stdout, os.Stderr, ctrlC))
+	os.Exit(cli.Main(context.Background(), os.Args[1:], env, os.Stdin, os.Stdout, os.Stderr, subscribe))
 }
 
-// ctrlC subscribes to Ctrl-C; before that and afterwards it ends the process.
-func ctrlC() (<-chan os.Signal, func()) {
+// subscribe subscribes to signals; before that and afterwards they act as ever.
+func subscribe(wanted ...os.Signal) (<-chan os.Signal, func()) {
 	c := make(chan os.Signal, 2)
-	signal.Notify(c, os.Interrupt)
+	signal.Notify(c, wanted...)
 	return c, func() { signal.Stop(c) }
 }

@@ -190,6 +190,11 @@ func about(method protoreflect.MethodDescriptor, execution, session string) *dyn
 	if fd := fields.ByName("stream"); fd != nil {
 		request.Set(fd, protoreflect.ValueOfEnum(1))
 	}
+	set("signal", protoreflect.ValueOfInt32(9))
+	if fd := fields.ByName("start"); fd != nil { // of an attachment
+		start := request.Mutable(fd).Message()
+		start.Set(fd.Message().Fields().ByName("name"), protoreflect.ValueOfString(name))
+	}
 	return request
 }
 
@@ -203,7 +208,7 @@ func TestNotYours(t *testing.T) {
 	tried := 0
 	for _, method := range methods() {
 		fields := method.Input().Fields()
-		if (fields.ByName("name") == nil && fields.ByName("parent") == nil) || method.Parent().Name() == "AuthService" {
+		if (fields.ByName("name") == nil && fields.ByName("parent") == nil && fields.ByName("start") == nil) || method.Parent().Name() == "AuthService" {
 			continue
 		}
 		tried++
@@ -229,7 +234,7 @@ func TestNotYours(t *testing.T) {
 			}
 		})
 	}
-	if tried < 11 {
+	if tried < 14 {
 		t.Errorf("only %d RPCs were tried", tried)
 	}
 	if e, err := b.executions.Get(t.Context(), execution.Ref{Session: "s1", ID: "e1", Caller: auth.Local().Caller()}); err != nil || e.State != execution.Running {

@@ -62,6 +62,10 @@ func commandProto(c execution.Command) *executorv1.Command {
 	converted := &executorv1.Command{
 		Args:             c.Args,
 		WorkingDirectory: c.WorkingDirectory,
+		Stdin:            c.Stdin,
+	}
+	if c.Terminal != nil {
+		converted.Terminal = &executorv1.TerminalSize{Rows: int32(c.Terminal.Rows), Columns: int32(c.Terminal.Columns)}
 	}
 	if c.Language != "" {
 		converted.Code = &executorv1.Code{Language: languageProto(c.Language), Source: head(c.Source, maxSourceShown)}

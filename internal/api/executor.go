@@ -34,6 +34,12 @@ type Executions interface {
 	// Cancel ends one and returns it when its tree is gone. When ctx ends first the
 	// ending goes on.
 	Cancel(ctx context.Context, ref execution.Ref, c execution.Cancellation) (execution.Execution, error)
+	// WriteInput writes to the input of one that runs, as far as there is room.
+	WriteInput(ctx context.Context, ref execution.Ref, in execution.Input) (execution.InputState, error)
+	// Signal sends a signal to processes of one that runs.
+	Signal(ctx context.Context, ref execution.Ref, signal int32, scope execution.Scope, key idempotency.Key) error
+	// Attach makes a writer the one that writes to its input.
+	Attach(ctx context.Context, ref execution.Ref, writer string, takeOver bool) (Attachment, error)
 	// Delete deletes an ended one.
 	Delete(ctx context.Context, ref execution.Ref, key idempotency.Key) error
 }
@@ -48,6 +54,20 @@ type Watcher interface {
 	// LastEventTime is when something was last added to the log.
 	LastEventTime() time.Time
 	// Close releases it.
+	Close()
+}
+
+// Attachment is a writer's hold on the input of an execution. It may be used by several
+// goroutines.
+type Attachment interface {
+	// Write writes a piece of input as far as there is room.
+	Write(ctx context.Context, in execution.Input) (execution.InputState, error)
+	// Resize changes the size of the terminal.
+	Resize(ctx context.Context, size execution.TerminalSize) error
+	// Lost is closed when another writer took over, Err then says so.
+	Lost() <-chan struct{}
+	Err() error
+	// Close gives the input to others. It may be called again.
 	Close()
 }
 

@@ -44,6 +44,11 @@ type fakeExecutions struct {
 	keys []idempotency.Key
 	// short is how many List finds before it gives up looking; 0 for all.
 	short int
+	// signals are those that were sent, sizes those that terminals got.
+	signals []string
+	sizes   []execution.TerminalSize
+	// writers are the attached ones.
+	writers map[execution.Ref]*fakeAttachment
 	// watchers counts those that are open.
 	watchers int
 	// onStart writes the log of a new execution; nil leaves it empty.
@@ -284,10 +289,14 @@ func (f *fakeExecutions) Delete(ctx context.Context, ref execution.Ref, key idem
 type fakeLog struct {
 	ref execution.Ref
 
-	mu      sync.Mutex
-	record  execution.Execution
-	events  []execution.Event
-	offset  map[string]int64
+	mu     sync.Mutex
+	record execution.Execution
+	events []execution.Event
+	offset map[string]int64
+	input  []byte
+	closed bool
+	// room bounds the input, if it is not 0.
+	room    int
 	changed chan struct{}
 }
 

@@ -57,6 +57,11 @@ func newCommand(c *executorv1.Command) (execution.Command, error) {
 		Env:              c.GetEnv(),
 		WorkingDirectory: c.GetWorkingDirectory(),
 		Timeout:          timeout,
+		Stdin:            c.GetStdin(),
+	}
+	if c.GetTerminal() != nil {
+		size := sizeOf(c.GetTerminal())
+		command.Terminal = &size
 	}
 	if c.GetGracePeriod() != nil {
 		grace, err := duration("command.grace_period", c.GetGracePeriod())

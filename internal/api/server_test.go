@@ -32,7 +32,7 @@ import (
 // call calls any RPC with any request and returns its error; the responses are read to
 // the end.
 func call(ctx context.Context, conn *grpc.ClientConn, method protoreflect.MethodDescriptor, request any) error {
-	desc := &grpc.StreamDesc{ServerStreams: true}
+	desc := &grpc.StreamDesc{ServerStreams: true, ClientStreams: method.IsStreamingClient()}
 	name := fmt.Sprintf("/%s/%s", method.Parent().FullName(), method.Name())
 	stream, err := conn.NewStream(ctx, desc, name)
 	if err != nil {
@@ -125,14 +125,19 @@ func TestEveryRPCPassesFaultsOn(t *testing.T) {
 	command := &executorv1.Command{Args: []string{"true"}}
 	const name, session = "executions/e1", "sessions/s1"
 	requests := map[protoreflect.Name]any{
-		"Execute":          &executorv1.ExecuteRequest{Command: command},
-		"StartExecution":   &executorv1.StartExecutionRequest{Command: command},
-		"WatchExecution":   &executorv1.WatchExecutionRequest{Name: name},
-		"ReadOutput":       &executorv1.ReadOutputRequest{Name: name, Stream: executorv1.Stream_STREAM_STDERR},
-		"WaitExecution":    &executorv1.WaitExecutionRequest{Name: name},
-		"GetExecution":     &executorv1.GetExecutionRequest{Name: name},
-		"ListExecutions":   &executorv1.ListExecutionsRequest{},
-		"CancelExecution":  &executorv1.CancelExecutionRequest{Name: name},
+		"Execute":         &executorv1.ExecuteRequest{Command: command},
+		"StartExecution":  &executorv1.StartExecutionRequest{Command: command},
+		"WatchExecution":  &executorv1.WatchExecutionRequest{Name: name},
+		"ReadOutput":      &executorv1.ReadOutputRequest{Name: name, Stream: executorv1.Stream_STREAM_STDERR},
+		"WaitExecution":   &executorv1.WaitExecutionRequest{Name: name},
+		"GetExecution":    &executorv1.GetExecutionRequest{Name: name},
+		"ListExecutions":  &executorv1.ListExecutionsRequest{},
+		"CancelExecution": &executorv1.CancelExecutionRequest{Name: name},
+		"WriteInput":      &executorv1.WriteInputRequest{Name: name, Data: []byte("x")},
+		"SignalExecution": &executorv1.SignalExecutionRequest{Name: name, Signal: 15},
+		"AttachExecution": &executorv1.AttachExecutionRequest{Message: &executorv1.AttachExecutionRequest_Start{
+			Start: &executorv1.AttachStart{Name: name},
+		}},
 		"DeleteExecution":  &executorv1.DeleteExecutionRequest{Name: name},
 		"CreateSession":    &executorv1.CreateSessionRequest{},
 		"GetSession":       &executorv1.GetSessionRequest{Name: session},
@@ -198,6 +203,13 @@ func firstString(message protoreflect.MessageDescriptor) []byte {
 		if fd := message.Fields().Get(i); fd.IsMap() {
 			key := append([]byte{1<<3 | 2, byte(len(bad))}, bad...)
 			return append([]byte{byte(fd.Number()<<3 | 2), byte(len(key))}, key...)
+		}
+	}
+	for i := range message.Fields().Len() {
+		if fd := message.Fields().Get(i); fd.Message() != nil && !fd.IsList() {
+			if inner := firstString(fd.Message()); inner != nil {
+				return append([]byte{byte(fd.Number()<<3 | 2), byte(len(inner))}, inner...)
+			}
 		}
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 
 	"buf.build/go/protovalidate"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
@@ -87,7 +88,11 @@ func (g *gate) unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next
 func (g *gate) stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 	gated := &gatedStream{ServerStream: stream, gate: g}
 	if err := next(srv, gated); err != nil {
-		return g.statuses.of(stream.Context(), err, gated.resource)
+		name := ""
+		if about := gated.resource.Load(); about != nil {
+			name = *about
+		}
+		return g.statuses.of(stream.Context(), err, name)
 	}
 	return nil
 }
@@ -96,8 +101,9 @@ func (g *gate) stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInf
 type gatedStream struct {
 	grpc.ServerStream
 	gate *gate
-	// resource is what the last request was about.
-	resource string
+	// resource is what the last request that named something was about. An attached
+	// client's messages are received beside the handler.
+	resource atomic.Pointer[string]
 }
 
 // RecvMsg implements grpc.ServerStream.
@@ -109,7 +115,9 @@ func (s *gatedStream) RecvMsg(m any) error {
 	if err := s.gate.check(m, in.err); err != nil {
 		return err
 	}
-	s.resource = resourceOf(m)
+	if name := resourceOf(m); name != "" {
+		s.resource.Store(&name)
+	}
 	return nil
 }
 
@@ -168,6 +176,9 @@ func invalidFields(fields []fault.Field) error {
 
 // resourceOf is the resource name that a request is about, "" if it names none.
 func resourceOf(req any) string {
+	if attached, ok := req.(*executorv1.AttachExecutionRequest); ok {
+		return attached.GetStart().GetName()
+	}
 	if named, ok := req.(interface{ GetName() string }); ok {
 		return named.GetName()
 	}

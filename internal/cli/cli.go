@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -35,20 +36,20 @@ const (
 	exitOOM     = 137 // the remote program ran out of memory
 )
 
-// Interrupts subscribes to Ctrl-C: it returns the channel on which they come and
-// what ends the subscription. A command that does not subscribe is to be ended by a
-// Ctrl-C in the system's own way.
-type Interrupts func() (<-chan os.Signal, func())
+// Signals subscribes to signals: it returns the channel on which they come and what
+// ends the subscription. What nobody subscribes to is to act in the system's own way:
+// Ctrl-C ends a command.
+type Signals func(wanted ...os.Signal) (<-chan os.Signal, func())
 
 // Main runs executorctl with arguments (without the program's name) and an
-// environment of K=V entries, and returns its exit code. interrupts may be nil. It
+// environment of K=V entries, and returns its exit code. signals may be nil. It
 // returns soon after ctx ends.
-func Main(ctx context.Context, args, env []string, stdin io.Reader, stdout, stderr io.Writer, interrupts Interrupts) int {
-	if interrupts == nil {
-		interrupts = func() (<-chan os.Signal, func()) { return nil, func() {} }
+func Main(ctx context.Context, args, env []string, stdin io.Reader, stdout, stderr io.Writer, signals Signals) int {
+	if signals == nil {
+		signals = func(...os.Signal) (<-chan os.Signal, func()) { return nil, func() {} }
 	}
 	a := &app{
-		env: environment(env), stdin: stdin, stdout: stdout, stderr: &shared{w: stderr}, interrupts: interrupts,
+		env: environment(env), stdin: stdin, stdout: stdout, stderr: &shared{w: stderr}, signals: signals,
 	}
 	root := a.root()
 	root.SetArgs(args)
@@ -61,11 +62,14 @@ func Main(ctx context.Context, args, env []string, stdin io.Reader, stdout, stde
 
 // app is one run of executorctl.
 type app struct {
-	env        map[string]string
-	stdin      io.Reader
-	stdout     io.Writer
-	stderr     io.Writer
-	interrupts Interrupts
+	env     map[string]string
+	stdin   io.Reader
+	stdout  io.Writer
+	stderr  io.Writer
+	signals Signals
+	// raw is set while the terminal does nothing by itself: a line has to be ended by
+	// more than a newline.
+	raw atomic.Bool
 
 	address   string
 	context   string
@@ -93,7 +97,7 @@ the exit code of the remote program:
   126    it could not be executed
   127    it was not found
   128+n  signal n ended it
-  130    it was cancelled, or left by Ctrl-C
+  130    it was cancelled, or left by Ctrl-C (0 if left by ~.)
   137    it ran out of memory
 
 All other commands exit with 0, 1 for a failure. 2 is a wrong command line. Each flag
@@ -231,7 +235,11 @@ func (a *app) tellOutage(o client.Outage) {
 
 // say writes a line to stderr.
 func (a *app) say(format string, args ...any) {
-	fmt.Fprintln(a.stderr, "executorctl: "+printable(fmt.Sprintf(format, args...)))
+	end := "\n"
+	if a.raw.Load() {
+		end = "\r\n"
+	}
+	fmt.Fprint(a.stderr, "executorctl: "+printable(fmt.Sprintf(format, args...))+end)
 }
 
 // UserVar and HostVar are where Main's caller may say whose process this is, for

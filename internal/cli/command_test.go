@@ -3,7 +3,9 @@ package cli
 import (
 	"bytes"
 	"context"
+	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,7 +19,9 @@ type invocation struct {
 	args       []string
 	env        []string
 	stdin      string
+	input      io.Reader // instead of stdin
 	interrupts <-chan os.Signal
+	signals    <-chan os.Signal // the others
 }
 
 // outcome is what came of it.
@@ -33,7 +37,7 @@ func (i invocation) run(t *testing.T, s *clienttest.Server) outcome {
 	return outcome{code: i.start(t, s, &stdout, &stderr), stdout: stdout.String(), stderr: stderr.String()}
 }
 
-func (i invocation) start(t *testing.T, s *clienttest.Server, stdout, stderr *output) int {
+func (i invocation) start(t *testing.T, s *clienttest.Server, stdout, stderr io.Writer) int {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -42,7 +46,14 @@ func (i invocation) start(t *testing.T, s *clienttest.Server, stdout, stderr *ou
 		address = s.Address()
 	}
 	env := append([]string{"EXECUTOR_ADDRESS=" + address, "USER=ann", "HOSTNAME=box"}, i.env...)
-	return Main(ctx, i.args, env, strings.NewReader(i.stdin), stdout, stderr, func() (<-chan os.Signal, func()) {
+	var input io.Reader = strings.NewReader(i.stdin)
+	if i.input != nil {
+		input = i.input
+	}
+	return Main(ctx, i.args, env, input, stdout, stderr, func(wanted ...os.Signal) (<-chan os.Signal, func()) {
+		if !slices.Contains(wanted, os.Interrupt) {
+			return i.signals, func() {}
+		}
 		return i.interrupts, func() {}
 	})
 }

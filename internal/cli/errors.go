@@ -111,6 +111,12 @@ func (a *app) hint(err error) string {
 		return "the limits of a session are those it was created with"
 	case "EXECUTION_NOT_FOUND":
 		return "executorctl executions list shows what there is"
+	case "WRITER_ATTACHED":
+		return "--take-over ends the other's attachment; executorctl executions watch only follows"
+	case "WRITER_TAKEN_OVER":
+		return "it goes on; executorctl executions attach --take-over takes it back"
+	case "STDIN_NOT_OPEN":
+		return "only what is started with -i or -t takes input; executorctl executions watch follows any"
 	case "EXECUTION_NOT_ENDED":
 		return "end it first: executorctl executions cancel"
 	case "SESSION_NOT_FOUND", "SESSION_NOT_RUNNING":

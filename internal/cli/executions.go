@@ -21,7 +21,7 @@ const pageSize = 200
 
 func (a *app) executionsCommand() *cobra.Command {
 	return group("executions", "List, follow and end executions", []string{"execution"},
-		a.executionsList(), a.executionsGet(), a.executionsWatch(), a.executionsCancel(),
+		a.executionsList(), a.executionsGet(), a.executionsWatch(), a.executionsAttach(), a.executionsCancel(), a.executionsSignal(),
 		a.executionsOutput(), a.executionsWait(), a.executionsDelete())
 }
 

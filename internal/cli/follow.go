@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -31,6 +32,8 @@ type follower struct {
 	pace *replay
 	// title is what a recording is called.
 	title string
+	// console is this side of an execution that is attached to; nil of one that is not.
+	console *console
 }
 
 // sink takes the events of an execution.
@@ -44,7 +47,7 @@ type sink interface {
 // status for the remote exit code, or an own failure.
 func (f *follower) follow(ctx context.Context, open func(context.Context) (*client.Stream, error)) error {
 	ctx, leave := context.WithCancelCause(ctx)
-	interrupts, unsubscribe := f.interrupts()
+	interrupts, unsubscribe := f.signals(os.Interrupt)
 	defer unsubscribe()
 	opened := make(chan *client.Stream, 1)
 	var background sync.WaitGroup
@@ -79,17 +82,48 @@ func (f *follower) follow(ctx context.Context, open func(context.Context) (*clie
 	}
 	defer s.Close()
 	opened <- s
+	if f.console != nil {
+		defer f.console.end()
+		if err := f.console.begin(ctx, &background, leave); err != nil {
+			return err
+		}
+	}
 	err = f.pump(ctx, s)
+	if f.console != nil {
+		f.console.end()
+	}
+	if sig, ok := errors.AsType[signalled](err); ok {
+		f.say("left %s, which goes on", s.Name())
+		fmt.Fprintf(f.stderr, "hint: %s\n", f.onwards(s))
+		return exitStatus(exitSignal + int(sig.Signal))
+	}
+	if errors.Is(err, errDetached) {
+		f.say("left %s, which goes on", s.Name())
+		fmt.Fprintf(f.stderr, "hint: %s\n", f.onwards(s))
+		return nil
+	}
 	if errors.Is(err, errLeft) {
 		f.say("left %s, which goes on", s.Name())
-		fmt.Fprintf(f.stderr, "hint: %s\n", onwards(s))
+		fmt.Fprintf(f.stderr, "hint: %s\n", f.onwards(s))
 		return exitStatus(exitLeft)
 	}
 	// What the server says about the request has hints of its own.
 	if _, code := errors.AsType[exitStatus](err); err != nil && !code && s.Result() == nil && client.Reason(err) == "" {
-		err = hinted{err, onwards(s)}
+		err = hinted{err, f.onwards(s)}
 	}
 	return err
+}
+
+// attach opens an attachment and follows it as follow does a stream.
+func (f *follower) attach(ctx context.Context, open func(context.Context) (*client.Attachment, error)) error {
+	return f.follow(ctx, func(ctx context.Context) (*client.Stream, error) {
+		a, err := open(ctx)
+		if err != nil {
+			return nil, err
+		}
+		f.console.attachment = a
+		return a.Stream, nil
+	})
 }
 
 // pump passes events on until the result.
@@ -146,8 +180,11 @@ func (f *follower) cancel(ctx context.Context, opened <-chan *client.Stream) {
 }
 
 // onwards is the command that goes on where the stream is.
-func onwards(s *client.Stream) string {
+func (f *follower) onwards(s *client.Stream) string {
 	text := "executorctl executions watch " + s.Name()
+	if f.console != nil {
+		text = "executorctl executions attach " + s.Name()
+	}
 	if at := s.Cursor(); at.GetSequence() > 0 {
 		text += " --after " + formatCursor(at)
 	}

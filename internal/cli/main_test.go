@@ -15,9 +15,9 @@ import (
 func TestMain(m *testing.M) {
 	testscript.Main(leakFree{m}, map[string]func(){
 		"executorctl": func() {
-			os.Exit(Main(context.Background(), os.Args[1:], os.Environ(), os.Stdin, os.Stdout, os.Stderr, func() (<-chan os.Signal, func()) {
+			os.Exit(Main(context.Background(), os.Args[1:], os.Environ(), os.Stdin, os.Stdout, os.Stderr, func(wanted ...os.Signal) (<-chan os.Signal, func()) {
 				c := make(chan os.Signal, 2)
-				signal.Notify(c, os.Interrupt)
+				signal.Notify(c, wanted...)
 				return c, func() { signal.Stop(c) }
 			}))
 		},

@@ -29,6 +29,8 @@ type commandFlags struct {
 	labels   []string
 	workdir  string
 	detach   bool
+	stdin    bool
+	tty      bool
 }
 
 func (f *commandFlags) bind(cmd *cobra.Command) {
@@ -43,6 +45,8 @@ func (f *commandFlags) bind(cmd *cobra.Command) {
 	flags.Var(&f.retain, "retain", "how much of its output the server keeps, such as 64MiB")
 	f.policies.bind(cmd)
 	flags.StringArrayVar(&f.labels, "label", nil, "label it, NAME=VALUE; may be repeated")
+	flags.BoolVarP(&f.stdin, "interactive", "i", false, "forward stdin to the program")
+	flags.BoolVarP(&f.tty, "tty", "t", false, "run the program on a terminal; with -i, this one")
 	flags.BoolVar(&f.detach, "detach", false, "print the execution's name and do not wait for its end")
 }
 
@@ -55,6 +59,7 @@ func (f *commandFlags) fill(r *executorv1.ExecuteRequest, env map[string]string)
 		return err
 	}
 	r.Command.WorkingDirectory = f.workdir
+	r.Command.Stdin = f.stdin
 	if f.timeout.given {
 		r.Command.Timeout = durationpb.New(f.timeout.v)
 	}
@@ -109,10 +114,14 @@ is known from its name (.py .sh .js .mjs .cjs). ARGV is run as it is: no shell l
 at it. What the program writes to stdout and stderr comes out as it comes, and its
 exit code is that of executorctl.
 
-Ctrl-C cancels the execution and shows its end; a second one leaves it.`,
+Ctrl-C cancels the execution and shows its end; a second one leaves it. With -i and -t
+on a terminal keys go to the program as they are, Ctrl-C included; at the start of a
+line ~. leaves the execution, which goes on, and ~~ stands for ~.`,
 		Example: `  executorctl run 'print("Hello from sandbox")'
   executorctl run --lang bash --timeout 30s 'make test'
   executorctl run --file build.js -e NODE_ENV=test --limit-memory 1GiB
+  executorctl run -i -- wc -l < file
+  executorctl run -it -- bash
   executorctl run -o json -- ls -l /`,
 		Args: cobra.ArbitraryArgs,
 	}, "raw", "json", "jsonl")
@@ -137,10 +146,13 @@ Ctrl-C cancels the execution and shows its end; a second one leaves it.`,
 				return err
 			}
 		}
+		if flags.stdin && cmd.ArgsLenAtDash() < 0 && (file == "-" || len(args) == 1 && args[0] == "-") {
+			return usagef("-i and code from stdin do not go together: it can be read once")
+		}
 		if err := a.what(r.Command, cmd.ArgsLenAtDash(), args, file, language); err != nil {
 			return err
 		}
-		return a.execute(r, flags.detach)(cmd, args)
+		return a.execute(r, flags)(cmd, args)
 	})
 	return cmd
 }
@@ -171,7 +183,7 @@ fresh one. For code in a session see run --session.`,
 		if err := validText(r.Command); err != nil {
 			return err
 		}
-		return a.execute(r, flags.detach)(cmd, args)
+		return a.execute(r, flags)(cmd, args)
 	})
 	return cmd
 }
@@ -264,12 +276,19 @@ func validText(c *executorv1.Command) error {
 }
 
 // execute starts what is asked for and follows it, or does not.
-func (a *app) execute(r *executorv1.ExecuteRequest, detach bool) func(*cobra.Command, []string) error {
+func (a *app) execute(r *executorv1.ExecuteRequest, flags commandFlags) func(*cobra.Command, []string) error {
 	return a.call(func(ctx context.Context, c *client.Client, _ []string) error {
-		if detach {
+		if flags.tty {
+			r.Command.Terminal = a.terminalSize()
+		}
+		if flags.detach {
 			return a.startDetached(ctx, c, r)
 		}
 		f := follower{app: a, client: c, cancels: true, timeout: r.GetCommand().GetTimeout().AsDuration()}
+		if flags.stdin || flags.tty {
+			f.console = &console{app: a, stdin: flags.stdin, terminal: flags.tty}
+			return f.attach(ctx, func(ctx context.Context) (*client.Attachment, error) { return c.Interact(ctx, r) })
+		}
 		return f.follow(ctx, func(ctx context.Context) (*client.Stream, error) { return c.Execute(ctx, r) })
 	})
 }

@@ -67,7 +67,7 @@ func TestWrongCommandLines(t *testing.T) {
 		{line: "exec s1 --limit-pids 9 -- ls", want: "unknown flag"},
 		{line: "exec s1 --label x -- ls", want: "must be NAME=VALUE"},
 		{line: "exec s1 -- '\xff'", want: "argument 1 is not valid UTF-8"},
-		{line: "executions", want: "needs a command: cancel, delete, get, list, output, wait, watch"},
+		{line: "executions", want: "needs a command: attach, cancel, delete, get, list, output, signal, wait, watch"},
 		{line: "executions gte", want: "is it get?"},
 		{line: "executions get", want: "needs NAME"},
 		{line: "executions get a b", want: "needs NAME and nothing else"},

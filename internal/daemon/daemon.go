@@ -344,6 +344,16 @@ type watchable struct {
 	*execution.Service
 }
 
+// Attach implements api.Executions.
+func (w watchable) Attach(ctx context.Context, ref execution.Ref, writer string, takeOver bool) (api.Attachment, error) {
+	attachment, err := w.Service.Attach(ctx, ref, writer, takeOver)
+	if err != nil {
+		// Not a nil pointer in an interface.
+		return nil, err
+	}
+	return attachment, nil
+}
+
 // Watch implements api.Executions.
 func (w watchable) Watch(ctx context.Context, ref execution.Ref, after *execution.Cursor) (api.Watcher, error) {
 	watcher, err := w.Service.Watch(ctx, ref, after)

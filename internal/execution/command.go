@@ -88,6 +88,9 @@ func (c Command) validateSurroundings() error {
 	if d := c.IdleTimeout; d != 0 && (d < MinIdleTimeout || d > MaxIdleTimeout || d%time.Millisecond != 0) {
 		return fault.InvalidField("IDLE_TIMEOUT", "command.idle_timeout", "must be whole milliseconds from %v to %v, not %v", MinIdleTimeout, MaxIdleTimeout, d)
 	}
+	if c.Terminal != nil {
+		return c.Terminal.Validate("command.terminal")
+	}
 	return nil
 }
 
@@ -164,6 +167,10 @@ func (c Command) startRequest(id string, i int) (*guestv1.StartRequest, bool) {
 		TimeoutMs:              uint64(c.Timeout.Milliseconds()),
 		GraceMs:                uint64(c.GracePeriod.Milliseconds()),
 		IdleMs:                 uint64(c.IdleTimeout.Milliseconds()),
+		Stdin:                  c.Stdin,
+	}
+	if c.Terminal != nil {
+		r.Terminal = c.Terminal.proto()
 	}
 	if len(c.Args) > 0 {
 		return r, i == 0
@@ -191,6 +198,9 @@ func (c Command) environment(id string) []string {
 	}
 	if c.Trace != "" {
 		env["TRACEPARENT"] = c.Trace
+	}
+	if c.Terminal != nil {
+		env["TERM"] = "xterm-256color" // what nearly every terminal understands
 	}
 	maps.Copy(env, c.Env)
 	// Last, and not to be overruled: where there are no control groups the guest knows

@@ -80,6 +80,10 @@ type Command struct {
 	GracePeriod *time.Duration `json:"grace_period,omitempty"`
 	// IdleTimeout is counted by the guest too; 0 is none.
 	IdleTimeout time.Duration `json:"idle_timeout,omitempty"`
+	// Stdin keeps the input open.
+	Stdin bool `json:"stdin,omitempty"`
+	// Terminal, if not nil, runs it on a terminal of this size, whose input is open.
+	Terminal *TerminalSize `json:"terminal,omitempty"`
 	// Trace is the caller's trace context, a W3C traceparent, handed on to the program as
 	// TRACEPARENT; "" if there is none. It is not stored.
 	Trace string `json:"-"`

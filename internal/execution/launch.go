@@ -149,6 +149,7 @@ func (r *run) running(ctx context.Context, now, started time.Time, command Comma
 	defer r.mu.Unlock()
 	r.record.StartTime = started
 	r.record.State = max(r.record.State, Running)
+	close(r.launched)
 }
 
 // ask repeats a question until the guest answers it, be it with an error. It gives up

@@ -167,6 +167,7 @@ func (r *run) find(ctx context.Context) *Result {
 	// before the guest is doubted.
 	r.deadline = time.Now().Add(command.Timeout + *command.GracePeriod + guestSlack)
 	r.foresee(ctx, latest(r.record.StartTime, r.record.CreateTime))
+	close(r.launched)
 	return nil
 }
 

@@ -54,6 +54,9 @@ type run struct {
 	done    chan struct{}           // closed when the end is recorded
 	left    chan struct{}           // closed when the leading goroutine is through
 	slot    *admission.Slot         // given back when it leaves
+	// launched is closed when the program runs; guest and sandbox stay as they are then.
+	launched chan struct{}
+	inlet    *inlet
 
 	audience *audience
 	blocked  atomic.Bool // it waits for watchers to read on
@@ -113,6 +116,7 @@ func newRun(s *Service, e Execution, log *logHandle, sandbox engine.Sandbox) (co
 	r := &run{
 		service: s, id: e.ID, session: e.Session, owner: e.Owner, log: log, sandbox: sandbox, record: e,
 		cancel: cancel, done: make(chan struct{}), left: make(chan struct{}),
+		launched: make(chan struct{}), inlet: newInlet(),
 		times: Times{Queued: e.CreateTime},
 	}
 	r.audience = newAudience(r.readOn)

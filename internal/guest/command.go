@@ -9,7 +9,6 @@ import (
 	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -38,12 +37,17 @@ type command struct {
 
 	begun     time.Time
 	died      <-chan death
-	pipes     [2]*os.File // closed by run
+	pipes     []*os.File // of stdout and stderr, or the terminal; closed by run
+	terminal  *terminal  // nil without one
+	input     *input     // nil if it is not open
 	sourceDir string
 	// over closes when nobody of the tree is left to write.
 	over chan struct{}
 	// ended closes when the exit can be read and nothing is left to clean up.
 	ended chan struct{}
+
+	alive sync.RWMutex // held for writing by what makes it dead
+	dead  bool         // the leader has ended
 
 	mu      sync.Mutex
 	cause   guestv1.StopCause // why it is being stopped, if it is
@@ -94,21 +98,18 @@ func (c *command) start(g *Guest, r *guestv1.StartRequest, arrived time.Time) (e
 		return resourceError(err)
 	}
 	undo = append(undo, c.tree.remove)
-	var writers [2]int
-	for i := range writers {
-		if c.pipes[i], writers[i], err = outputPipe(); err != nil {
-			return refuse(guestv1.Error_KIND_EXHAUSTED, "make a pipe: %v", err)
-		}
-		defer unix.Close(writers[i])
-		undo = append(undo, func() { c.pipes[i].Close() })
-	}
 	attr := &syscall.ProcAttr{
 		Dir: dir, Env: r.GetEnv(),
-		Files: []uintptr{g.null.Fd(), uintptr(writers[0]), uintptr(writers[1])},
 		// A session of its own: nothing that the command does to its group or its
 		// terminal reaches another command.
 		Sys: &syscall.SysProcAttr{Setsid: true},
 	}
+	done, disconnect, err := c.connect(g, r, attr)
+	if err != nil {
+		return err
+	}
+	defer done()
+	undo = append(undo, disconnect)
 	c.tree.adopt(attr.Sys)
 	c.begun = time.Now()
 	c.pid, c.died, err = g.reaper.spawn(func() (int, error) {
@@ -165,11 +166,13 @@ func (c *command) order() (guestv1.StopCause, time.Time) {
 // run follows the command to its end and leaves the exit in the spool.
 func (c *command) run(stock *stock, timeout, idle, grace time.Duration) {
 	var pumps sync.WaitGroup
-	for i, stream := range []guestv1.Stream{guestv1.Stream_STREAM_STDOUT, guestv1.Stream_STREAM_STDERR} {
-		pumps.Go(func() { pump(c.pipes[i], newSource(c.spool, stream, stock)) })
+	streams := [...]guestv1.Stream{guestv1.Stream_STREAM_STDOUT, guestv1.Stream_STREAM_STDERR}
+	for i, pipe := range c.pipes {
+		pumps.Go(func() { pump(pipe, newSource(c.spool, streams[i], stock)) })
 	}
 	end := &ending{tree: c.tree, found: make(map[int]bool)}
 	leader := c.lead(end, timeout, idle, grace)
+	c.leaderIsDead()
 	if !c.awaitStrays(end) {
 		end.kill()
 	}
@@ -298,7 +301,7 @@ func (c *command) alreadyDead() (death, bool) {
 	}
 }
 
-// drain waits for the end of the pipes; nobody of the tree holds them any more. If
+// drain waits for the end of the pipes, or of the terminal; nobody of the tree holds them any more. If
 // somebody else does, what is in them is taken and they are given up. A pump that
 // waits for room in the spool is waited for: its bytes are the command's.
 func (c *command) drain(pumps *sync.WaitGroup) {
@@ -308,6 +311,9 @@ func (c *command) drain(pumps *sync.WaitGroup) {
 		}
 	})
 	defer patience.Stop()
+	if c.terminal != nil {
+		c.terminal.release()
+	}
 	pumps.Wait()
 	for _, p := range c.pipes {
 		p.Close()

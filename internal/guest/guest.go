@@ -136,8 +136,16 @@ func (g *Guest) ServePipe(pipe io.ReadWriteCloser) {
 		if err != nil {
 			return
 		}
-		if _, err := io.CopyN(io.Discard, r.R, int64(n)); err != nil {
+		payload, fits, err := takePayload(r.R, req, n)
+		if err != nil {
 			return
+		}
+		if !fits {
+			err := refuse(guestv1.Error_KIND_INVALID, "a write of %d bytes, more than %d", n, maxWrite)
+			if answers.refuse(req.GetId(), err) != nil {
+				return
+			}
+			continue
 		}
 		select {
 		case slots <- struct{}{}:
@@ -158,7 +166,7 @@ func (g *Guest) ServePipe(pipe io.ReadWriteCloser) {
 		}
 		handlers.Go(func() {
 			defer func() { <-slots }()
-			if err := g.answer(ctx, req, c, fresh, answers); err != nil {
+			if err := g.answer(ctx, req, payload, c, fresh, answers); err != nil {
 				// The pipe is broken: end its reader too.
 				pipe.Close()
 			}
@@ -183,7 +191,7 @@ func (a *answerer) refuse(id uint64, why error) error {
 }
 
 // answer does one request; c and fresh are what reserve gave a start.
-func (g *Guest) answer(ctx context.Context, req *guestv1.Request, c *command, fresh bool, out *answerer) error {
+func (g *Guest) answer(ctx context.Context, req *guestv1.Request, payload []byte, c *command, fresh bool, out *answerer) error {
 	resp := &guestv1.Response{Id: req.GetId()}
 	var err error
 	switch call := req.GetCall().(type) {
@@ -195,11 +203,11 @@ func (g *Guest) answer(ctx context.Context, req *guestv1.Request, c *command, fr
 	case *guestv1.Request_Read:
 		var pieces []piece
 		if pieces, err = g.read(ctx, call.Read, resp); err == nil {
-			payload := make([][]byte, len(pieces))
+			output := make([][]byte, len(pieces))
 			for i, p := range pieces {
-				payload[i] = p.data
+				output[i] = p.data
 			}
-			err := out.write(resp, payload...)
+			err := out.write(resp, output...)
 			for _, p := range pieces {
 				p.block.release()
 			}
@@ -215,6 +223,19 @@ func (g *Guest) answer(ctx context.Context, req *guestv1.Request, c *command, fr
 		}
 	case *guestv1.Request_Info:
 		resp.Answer = &guestv1.Response_Info{Info: g.info()}
+	case *guestv1.Request_Write:
+		var answer *guestv1.WriteResponse
+		if answer, err = g.write(call.Write, payload); err == nil {
+			resp.Answer = &guestv1.Response_Write{Write: answer}
+		}
+	case *guestv1.Request_Resize:
+		if err = g.resize(call.Resize); err == nil {
+			resp.Answer = &guestv1.Response_Resize{Resize: &guestv1.ResizeResponse{}}
+		}
+	case *guestv1.Request_Signal:
+		if err = g.signal(call.Signal); err == nil {
+			resp.Answer = &guestv1.Response_Signal{Signal: &guestv1.SignalResponse{}}
+		}
 	default:
 		err = refuse(guestv1.Error_KIND_INVALID, "a request that this guest (protocol %d) does not know", wire.Protocol)
 	}
@@ -232,7 +253,7 @@ func errorOf(err error) *guestv1.Error {
 	text := err.Error()
 	e := &guestv1.Error{Kind: guestv1.Error_KIND_INTERNAL, Message: strings.ToValidUTF8(text[:min(len(text), maxErrorText)], "?")}
 	if se, ok := errors.AsType[*startError](err); ok {
-		e.Kind = se.kind
+		e.Kind, e.CommittedOffset = se.kind, se.committed
 	}
 	return e
 }

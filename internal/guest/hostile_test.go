@@ -32,6 +32,12 @@ func frame(t testing.TB, id uint64, call any, payload ...[]byte) []byte {
 		r.Call = &guestv1.Request_Stop{Stop: c}
 	case *guestv1.ReleaseRequest:
 		r.Call = &guestv1.Request_Release{Release: c}
+	case *guestv1.WriteRequest:
+		r.Call = &guestv1.Request_Write{Write: c}
+	case *guestv1.ResizeRequest:
+		r.Call = &guestv1.Request_Resize{Resize: c}
+	case *guestv1.SignalRequest:
+		r.Call = &guestv1.Request_Signal{Signal: c}
 	case *guestv1.InfoRequest:
 		r.Call = &guestv1.Request_Info{Info: c}
 	}
@@ -119,6 +125,9 @@ func (g *guestProcess) ask(n int, frames ...[]byte) map[uint64]*guestv1.Response
 func TestOddRequests(t *testing.T) {
 	g := startDaemon(t, "proc")
 	g.start(g.sh("x", "sleep 60"))
+	in := g.sh("in", "sleep 60")
+	in.Stdin = true
+	g.start(in)
 	for name, c := range map[string]struct {
 		frame []byte
 		kind  guestv1.Error_Kind
@@ -134,6 +143,19 @@ func TestOddRequests(t *testing.T) {
 		"read of the most":    {frame(t, 7, &guestv1.ReadRequest{Execution: g.full("x"), MaxBytes: 1<<32 - 1}), 0},
 		"largest grace":       {frame(t, 7, &guestv1.StopRequest{Execution: g.full("x"), GraceMs: 1<<64 - 1}), 0},
 		"grace again":         {frame(t, 7, &guestv1.StopRequest{Execution: g.full("x"), GraceMs: 1<<64 - 1}), 0},
+		"empty write":         {frame(t, 7, &guestv1.WriteRequest{}), guestv1.Error_KIND_NOT_FOUND},
+		"write to no input":   {frame(t, 7, &guestv1.WriteRequest{Execution: g.full("x")}, []byte("x")), guestv1.Error_KIND_INVALID},
+		"write of too much":   {frame(t, 7, &guestv1.WriteRequest{Execution: g.full("x")}, make([]byte, 1<<20)), guestv1.Error_KIND_INVALID},
+		"write far beyond":    {frame(t, 7, &guestv1.WriteRequest{Execution: g.full("in"), Offset: proto.Uint64(1<<64 - 1), WaitMs: 1<<32 - 1}, []byte("x")), guestv1.Error_KIND_INVALID},
+		"write without place": {frame(t, 7, &guestv1.WriteRequest{Execution: g.full("in")}, []byte("x")), guestv1.Error_KIND_INVALID},
+		"close without place": {frame(t, 7, &guestv1.WriteRequest{Execution: g.full("in"), Close: true}), guestv1.Error_KIND_INVALID},
+		"the largest write":   {frame(t, 7, &guestv1.WriteRequest{Execution: g.full("in"), Offset: proto.Uint64(0)}, make([]byte, 64<<10)), 0},
+		"empty resize":        {frame(t, 7, &guestv1.ResizeRequest{}), guestv1.Error_KIND_NOT_FOUND},
+		"resize of a pipe":    {frame(t, 7, &guestv1.ResizeRequest{Execution: g.full("x")}), guestv1.Error_KIND_INVALID},
+		"empty signal":        {frame(t, 7, &guestv1.SignalRequest{}), guestv1.Error_KIND_NOT_FOUND},
+		"signal 0":            {frame(t, 7, &guestv1.SignalRequest{Execution: g.full("x"), Scope: 1}), guestv1.Error_KIND_INVALID},
+		"the largest signal":  {frame(t, 7, &guestv1.SignalRequest{Execution: g.full("x"), Signal: 1<<32 - 1, Scope: 1}), guestv1.Error_KIND_INVALID},
+		"signal for nobody":   {frame(t, 7, &guestv1.SignalRequest{Execution: g.full("x"), Signal: 1, Scope: 99}), guestv1.Error_KIND_INVALID},
 		"largest wait at end": {frame(t, 7, &guestv1.ReadRequest{Execution: "y", MaxBytes: 1, WaitMs: 1<<32 - 1}), guestv1.Error_KIND_NOT_FOUND},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -143,6 +165,8 @@ func TestOddRequests(t *testing.T) {
 			}
 		})
 	}
+	g.stop("in", 0)
+	g.readAll("in", &output{})
 	g.stop("x", 0)
 	g.readAll("x", &output{})
 	g.release("x")

@@ -68,7 +68,12 @@ func pump(pipe *os.File, to *source) {
 // the other end and may go on writing for ever.
 func pumpRest(pipe *os.File, to *source) {
 	left := 0
-	control(pipe, func(fd int) { left, _ = unix.IoctlGetInt(fd, unix.TIOCINQ) })
+	control(pipe, func(fd int) {
+		left, _ = unix.IoctlGetInt(fd, unix.TIOCINQ)
+		if _, err := unix.IoctlGetInt(fd, unix.TIOCGPTN); err == nil {
+			left = terminalRest // a terminal only tells of the first of its buffers
+		}
+	})
 	for left > 0 {
 		space := to.space()
 		n, err := 0, error(nil)

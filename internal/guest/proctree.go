@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -21,8 +22,9 @@ const environLimit = 256 << 10
 // procTree follows the processes of a command through /proc, where there is no
 // cgroup: children of members, members of its session, and processes that carry its
 // marker in their environment. A process that changes all three before it is looked
-// at gets away until its sandbox ends. It is for one goroutine.
+// at gets away until its sandbox ends.
 type procTree struct {
+	mu     sync.Mutex // held while the table of processes is looked at
 	id     string
 	leader process
 	// known says of every process that was looked at whether it is a member. What
@@ -56,6 +58,8 @@ func (t *procTree) started(pid int) {
 }
 
 func (t *procTree) processes() ([]int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	if t.leader.pid == 0 {
 		return nil, nil
 	}

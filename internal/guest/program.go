@@ -17,12 +17,18 @@ import (
 type startError struct {
 	kind guestv1.Error_Kind
 	text string
+	// committed is how far the input has come, with a refused write.
+	committed *uint64
 }
 
 func (e *startError) Error() string { return e.text }
 
 func refuse(kind guestv1.Error_Kind, format string, args ...any) error {
-	return &startError{kind, fmt.Sprintf(format, args...)}
+	return newStartError(kind, format, args...)
+}
+
+func newStartError(kind guestv1.Error_Kind, format string, args ...any) *startError {
+	return &startError{kind: kind, text: fmt.Sprintf(format, args...)}
 }
 
 // resourceError gives an error the kind EXHAUSTED if a limit stood in the way.

@@ -90,6 +90,18 @@ func (r *reaper) take() {
 	}
 }
 
+// signal sends a signal to target, a leader or a group of its session, if the leader
+// has not been reaped: until then its id, and its session's, are nobody else's.
+func (r *reaper) signal(leader, target int, sig syscall.Signal) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.waiting[leader]; !ok {
+		return false
+	}
+	_ = syscall.Kill(target, sig) // a group in the foreground may have ended
+	return true
+}
+
 // close ends the loop; for a guest that has no children left.
 func (r *reaper) close() {
 	r.mu.Lock()

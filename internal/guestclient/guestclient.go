@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"strings"
 	"sync"
@@ -31,6 +32,9 @@ type Error struct {
 	Kind guestv1.Error_Kind
 	// Message is one line of at most 2 KiB.
 	Message string
+	// Committed is how far a command's input has come, where the guest told it with a
+	// refused Write; else -1.
+	Committed int64
 }
 
 // Error tells the guest's message.
@@ -305,9 +309,14 @@ func (c *Client) ask(ctx context.Context, r *guestv1.Request) (*guestv1.Response
 // call sends a request and returns its answer; over fresh pipes if one is lost. wait
 // is how long the guest is asked to wait.
 func (c *Client) call(ctx context.Context, r *guestv1.Request, wait time.Duration) (answer, error) {
+	return c.callWith(ctx, r, nil, wait)
+}
+
+// callWith is call for a request with a payload.
+func (c *Client) callWith(ctx context.Context, r *guestv1.Request, payload []byte, wait time.Duration) (answer, error) {
 	pause := firstPause
 	for attempt := 1; ; attempt++ {
-		a, err := c.try(ctx, r, wait)
+		a, err := c.try(ctx, r, payload, wait)
 		if err == nil {
 			if e := a.response.GetError(); e != nil {
 				a.release()
@@ -344,17 +353,21 @@ func errorOf(e *guestv1.Error) error {
 		}
 		return '?'
 	}, e.GetMessage()[:min(len(e.GetMessage()), maxErrorText)])
-	return &Error{Kind: kind, Message: text}
+	told := &Error{Kind: kind, Message: text, Committed: -1}
+	if e.CommittedOffset != nil && e.GetCommittedOffset() <= math.MaxInt64 {
+		told.Committed = int64(e.GetCommittedOffset())
+	}
+	return told
 }
 
-func (c *Client) try(ctx context.Context, r *guestv1.Request, wait time.Duration) (answer, error) {
+func (c *Client) try(ctx context.Context, r *guestv1.Request, payload []byte, wait time.Duration) (answer, error) {
 	limited, cancel := context.WithTimeoutCause(ctx, wait+patience, errSilent)
 	defer cancel()
 	p, err := c.connect(limited)
 	if err != nil {
 		return answer{}, err
 	}
-	a, err := p.ask(limited, r)
+	a, err := p.ask(limited, r, payload)
 	if err != nil && ctx.Err() == nil && !errors.Is(err, wire.ErrUnsendable) {
 		// The others that use the pipe have not waited that long: they try a fresh one.
 		c.drop(p, fmt.Errorf("the pipe to the guest was given up: %v", err)) //nolint:errorlint // one caller's cause is not another's

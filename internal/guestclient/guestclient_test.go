@@ -59,6 +59,16 @@ func calls() map[string]func(ctx context.Context, c *Client) error {
 			_, err := c.Info(ctx)
 			return err
 		},
+		"write": func(ctx context.Context, c *Client) error {
+			_, err := c.Write(ctx, "x", 5, []byte("abc"), true, 0)
+			return err
+		},
+		"resize": func(ctx context.Context, c *Client) error {
+			return c.Resize(ctx, "x", &guestv1.TerminalSize{Rows: 1, Columns: 2})
+		},
+		"signal": func(ctx context.Context, c *Client) error {
+			return c.Signal(ctx, "x", 15, guestv1.SignalRequest_SCOPE_TREE)
+		},
 		"read": func(ctx context.Context, c *Client) error {
 			out, err := c.Read(ctx, "x", 0, 100, time.Second)
 			if err == nil {
@@ -74,6 +84,7 @@ func TestWrongAnswers(t *testing.T) {
 	answers := map[string]any{
 		"start": &guestv1.StartResponse{Pid: 1}, "stop": &guestv1.StopResponse{}, "release": &guestv1.ReleaseResponse{},
 		"info": &guestv1.InfoResponse{Protocol: wire.Protocol}, "read": &guestv1.ReadResponse{}, "nothing": nil,
+		"write": &guestv1.WriteResponse{CommittedOffset: 8, Closed: true}, "resize": &guestv1.ResizeResponse{}, "signal": &guestv1.SignalResponse{},
 	}
 	for asked, call := range calls() {
 		for answered, answer := range answers {
@@ -852,7 +863,7 @@ func FuzzAnswers(f *testing.F) {
 			}
 		})
 		p := newPipe(ours, &sync.Pool{})
-		a, err := p.ask(t.Context(), &guestv1.Request{Call: &guestv1.Request_Read{Read: &guestv1.ReadRequest{}}})
+		a, err := p.ask(t.Context(), &guestv1.Request{Call: &guestv1.Request_Read{Read: &guestv1.ReadRequest{}}}, nil)
 		if err == nil {
 			if e := a.response.GetError(); e != nil && KindOf(errorOf(e)) == guestv1.Error_KIND_UNSPECIFIED {
 				t.Errorf("an error without a kind: %v", e)

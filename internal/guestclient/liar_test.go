@@ -3,6 +3,7 @@ package guestclient
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
 	"testing"
@@ -78,6 +79,7 @@ func (c *countedConn) Close() error {
 
 // lyingPipe is the guest's end of a pipe.
 type lyingPipe struct {
+	payload []byte // of the last request
 	net.Conn
 	t     *testing.T
 	write sync.Mutex
@@ -86,7 +88,12 @@ type lyingPipe struct {
 // next reads a request; nil at the end of the pipe.
 func (p *lyingPipe) next() *guestv1.Request {
 	req := new(guestv1.Request)
-	if _, err := (&wire.Reader{R: p}).Read(req); err != nil {
+	n, err := (&wire.Reader{R: p}).Read(req)
+	if err != nil {
+		return nil
+	}
+	p.payload = make([]byte, n)
+	if _, err := io.ReadFull(p, p.payload); err != nil {
 		return nil
 	}
 	return req
@@ -109,6 +116,12 @@ func (p *lyingPipe) answer(req *guestv1.Request, with any, payload ...[]byte) {
 		resp.Answer = &guestv1.Response_Release{Release: a}
 	case *guestv1.InfoResponse:
 		resp.Answer = &guestv1.Response_Info{Info: a}
+	case *guestv1.WriteResponse:
+		resp.Answer = &guestv1.Response_Write{Write: a}
+	case *guestv1.ResizeResponse:
+		resp.Answer = &guestv1.Response_Resize{Resize: a}
+	case *guestv1.SignalResponse:
+		resp.Answer = &guestv1.Response_Signal{Signal: a}
 	default:
 		panic("no such answer")
 	}
@@ -138,6 +151,12 @@ func (p *lyingPipe) answerHonestly(req *guestv1.Request) {
 		p.answer(req, &guestv1.ReleaseResponse{})
 	case *guestv1.Request_Info:
 		p.answer(req, &guestv1.InfoResponse{Protocol: wire.Protocol, Executions: []string{"a"}})
+	case *guestv1.Request_Write:
+		p.answer(req, &guestv1.WriteResponse{CommittedOffset: req.GetWrite().GetOffset() + uint64(len(p.payload)), Closed: req.GetWrite().GetClose()})
+	case *guestv1.Request_Resize:
+		p.answer(req, &guestv1.ResizeResponse{})
+	case *guestv1.Request_Signal:
+		p.answer(req, &guestv1.SignalResponse{})
 	}
 }
 

@@ -73,8 +73,8 @@ func (p *pipe) lose(cause error) {
 }
 
 // ask sends a request and waits for its answer.
-func (p *pipe) ask(ctx context.Context, r *guestv1.Request) (answer, error) {
-	c, err := p.post(ctx, r)
+func (p *pipe) ask(ctx context.Context, r *guestv1.Request, payload []byte) (answer, error) {
+	c, err := p.post(ctx, r, payload)
 	if err != nil {
 		return answer{}, err
 	}
@@ -82,7 +82,7 @@ func (p *pipe) ask(ctx context.Context, r *guestv1.Request) (answer, error) {
 }
 
 // post sends a request; its answer comes on the channel.
-func (p *pipe) post(ctx context.Context, r *guestv1.Request) (<-chan answer, error) {
+func (p *pipe) post(ctx context.Context, r *guestv1.Request, payload []byte) (<-chan answer, error) {
 	c := make(chan answer, 1)
 	p.mu.Lock()
 	if p.lost != nil {
@@ -93,7 +93,7 @@ func (p *pipe) post(ctx context.Context, r *guestv1.Request) (<-chan answer, err
 	r.Id = p.next
 	p.waiting[r.Id] = c
 	p.mu.Unlock()
-	if err := p.send(ctx, r); err != nil {
+	if err := p.send(ctx, r, payload); err != nil {
 		p.leave(r.Id, false)
 		return nil, err
 	}
@@ -136,7 +136,7 @@ func (p *pipe) leave(id uint64, sent bool) {
 
 // send writes a request. If ctx ends while the guest does not take it, half of it may
 // be on its way: the pipe is lost.
-func (p *pipe) send(ctx context.Context, r *guestv1.Request) error {
+func (p *pipe) send(ctx context.Context, r *guestv1.Request, payload []byte) error {
 	select {
 	case p.writing <- struct{}{}:
 	case <-p.gone:
@@ -148,7 +148,7 @@ func (p *pipe) send(ctx context.Context, r *guestv1.Request) error {
 	stop := context.AfterFunc(ctx, func() {
 		p.lose(fmt.Errorf("the guest did not take a request: %v", context.Cause(ctx))) //nolint:errorlint // one caller's cause is not another's
 	})
-	err := wire.Write(p.conn, r)
+	err := wire.Write(p.conn, r, payload)
 	stop()
 	switch {
 	case err == nil:

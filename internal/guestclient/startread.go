@@ -63,13 +63,13 @@ func (c *Client) tryStartRead(ctx context.Context, r *guestv1.StartRequest, maxB
 		return answer{}, nil, err
 	}
 	start := &guestv1.Request{Call: &guestv1.Request_Start{Start: r}}
-	started, err := p.post(ctx, start)
+	started, err := p.post(ctx, start, nil)
 	if err != nil {
 		return answer{}, nil, err
 	}
 	read := readRequest(r.GetExecution(), 0, maxBytes, wait)
 	early := &Early{maxBytes: maxBytes}
-	if output, err := p.post(ctx, read); err == nil {
+	if output, err := p.post(ctx, read, nil); err == nil {
 		early.await = func(ctx context.Context) (answer, error) { return p.await(ctx, read.GetId(), output) }
 	} else {
 		early.await = func(context.Context) (answer, error) { return answer{}, errNotAsked }

@@ -25,6 +25,10 @@ type command struct {
 	started chan struct{} // closed when the start is answered
 	stops   chan stop
 	ended   chan struct{}
+	signals chan int32
+	// input is what the script reads; nil if it is not open.
+	input    *input
+	terminal bool
 
 	mu     sync.Mutex
 	chunks []chunk // from start on
@@ -37,6 +41,7 @@ type command struct {
 	discarding bool
 	discarded  uint64
 	exit       *guestv1.Exit
+	heard      []string      // resizes and signals
 	change     chan struct{} // closed when something of the above changes
 }
 
@@ -198,14 +203,15 @@ func (sb *sandbox) serve(conn net.Conn) {
 		if err != nil {
 			return
 		}
-		if _, err := io.CopyN(io.Discard, r.R, int64(n)); err != nil {
+		payload := make([]byte, n)
+		if _, err := io.ReadFull(r.R, payload); err != nil {
 			return
 		}
 		handlers.Go(func() {
 			if hook := sb.engine.cfg.Hooks.Ask; hook != nil && !hook(sb.id, q) {
 				return
 			}
-			a := sb.answer(q, ended)
+			a := sb.answer(q, payload, ended)
 			a.Response.Id = q.GetId()
 			if hook := sb.engine.cfg.Hooks.Answer; hook != nil {
 				hook(sb.id, q, a)
@@ -256,7 +262,7 @@ func refuse(kind guestv1.Error_Kind, message string) *Answer {
 }
 
 // answer does one request; ended closes when its pipe does.
-func (sb *sandbox) answer(q *guestv1.Request, ended <-chan struct{}) *Answer {
+func (sb *sandbox) answer(q *guestv1.Request, payload []byte, ended <-chan struct{}) *Answer {
 	switch call := q.GetCall().(type) {
 	case *guestv1.Request_Start:
 		return sb.start(call.Start)
@@ -278,6 +284,12 @@ func (sb *sandbox) answer(q *guestv1.Request, ended <-chan struct{}) *Answer {
 	case *guestv1.Request_Info:
 		info := &guestv1.InfoResponse{Protocol: wire.Protocol, Executions: sb.held()}
 		return &Answer{Response: &guestv1.Response{Answer: &guestv1.Response_Info{Info: info}}}
+	case *guestv1.Request_Write:
+		return sb.writeInput(call.Write, payload)
+	case *guestv1.Request_Resize:
+		return sb.resize(call.Resize)
+	case *guestv1.Request_Signal:
+		return sb.signal(call.Signal)
 	default:
 		return refuse(guestv1.Error_KIND_INVALID, "unknown request")
 	}
@@ -290,8 +302,12 @@ func (sb *sandbox) start(r *guestv1.StartRequest) *Answer {
 	if !repeat && script.Refuse == nil && !sb.dead {
 		c = &command{
 			id: r.GetExecution(), script: script, began: time.Now(), idle: milliseconds(r.GetIdleMs()), started: make(chan struct{}),
-			stops: make(chan stop), ended: make(chan struct{}), change: make(chan struct{}),
+			stops: make(chan stop), signals: make(chan int32), ended: make(chan struct{}), change: make(chan struct{}),
 		}
+		if r.GetStdin() || r.GetTerminal() != nil {
+			c.input = newInput()
+		}
+		c.terminal = r.GetTerminal() != nil
 		sb.commands[c.id] = c
 		sb.work.Go(func() {
 			c.run(sb.done, milliseconds(r.GetTimeoutMs()), milliseconds(r.GetIdleMs()), milliseconds(r.GetGraceMs()))

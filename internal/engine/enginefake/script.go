@@ -1,6 +1,7 @@
 package enginefake
 
 import (
+	"math"
 	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
@@ -28,15 +29,30 @@ type Script struct {
 	IgnoreTerm bool
 	// Immortal: not even that.
 	Immortal bool
+	// Deaf to signals that are sent to it, but for KILL.
+	Deaf bool
 }
 
-// Step is a piece of output.
+// Step is a piece of output, or something done with the input.
 type Step struct {
 	// After the step before.
 	After  time.Duration
 	Stream guestv1.Stream
 	Data   []byte
+	// Read reads so many bytes of input, fewer at its end, and writes them to Stream.
+	Read int
+	// Shut closes the input.
+	Shut bool
 }
+
+// Echo is a step that writes so many bytes of input to stdout; fewer at its end.
+func Echo(n int) Step { return Step{Stream: guestv1.Stream_STREAM_STDOUT, Read: n} }
+
+// Cat is a step that writes all input to stdout, to its end.
+func Cat() Step { return Echo(math.MaxInt) }
+
+// Shut is a step that closes the input.
+func Shut(after time.Duration) Step { return Step{After: after, Shut: true} }
 
 // Stdout is a step.
 func Stdout(after time.Duration, text string) Step {
@@ -97,6 +113,7 @@ func (c *command) run(dead <-chan struct{}, timeout, idle, grace time.Duration) 
 		cause                    guestv1.StopCause
 		unwritten                []byte
 		step                     int
+		reading                  int // what is left of the present step
 		next                     <-chan time.Time
 	)
 	if timeout > 0 {
@@ -120,12 +137,24 @@ func (c *command) run(dead <-chan struct{}, timeout, idle, grace time.Duration) 
 		}
 	}
 	for {
-		var room <-chan struct{}
+		var room, input <-chan struct{}
+		if len(unwritten) == 0 && reading > 0 {
+			var end bool
+			if unwritten, end, input = c.input.read(reading); end {
+				reading = 0
+				step++
+				continue
+			}
+			reading -= len(unwritten)
+		}
 		switch {
+		case input != nil:
 		case len(unwritten) > 0:
 			unwritten, room = c.write(s.Steps[step].Stream, unwritten)
 			if len(unwritten) == 0 {
-				step++
+				if reading == 0 {
+					step++
+				}
 				continue
 			}
 		case next != nil:
@@ -139,10 +168,19 @@ func (c *command) run(dead <-chan struct{}, timeout, idle, grace time.Duration) 
 		case <-dead:
 			return
 		case <-room:
+		case <-input:
 		case <-next:
-			next, unwritten = nil, s.Steps[step].Data
-			if len(unwritten) == 0 {
+			next, unwritten, reading = nil, s.Steps[step].Data, s.Steps[step].Read
+			if s.Steps[step].Shut {
+				c.input.shut()
+			}
+			if len(unwritten) == 0 && reading == 0 {
 				step++
+			}
+		case number := <-c.signals:
+			if number == kill || !s.Deaf {
+				c.finish(Signal(number), cause, false)
+				return
 			}
 		case <-timedOut:
 			stopping(stop{guestv1.StopCause_STOP_CAUSE_TIMEOUT, grace})
@@ -181,6 +219,9 @@ func (c *command) finish(how *guestv1.Exit, cause guestv1.StopCause, killed bool
 		}
 	}
 	c.exit = exit
+	if c.input != nil {
+		c.input.finish()
+	}
 	close(c.ended)
 	c.changed()
 }

@@ -145,7 +145,7 @@ func (x OutputPolicy_OnLimit) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputPolicy_OnLimit.Descriptor instead.
 func (OutputPolicy_OnLimit) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{3, 0}
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{4, 0}
 }
 
 // Mode is what happens.
@@ -200,7 +200,7 @@ func (x DetachPolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DetachPolicy_Mode.Descriptor instead.
 func (DetachPolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{4, 0}
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{5, 0}
 }
 
 // Command is a program to run. Exactly one of code and args says which.
@@ -229,6 +229,15 @@ type Command struct {
 	// How long the processes have between TERM and KILL, at a time-out and at a
 	// cancel that names no other. Default 5 s; 0 to 600 s.
 	GracePeriod *durationpb.Duration `protobuf:"bytes,6,opt,name=grace_period,json=gracePeriod,proto3" json:"grace_period,omitempty"`
+	// Keeps standard input open for WriteInput and AttachExecution until it is closed
+	// there. Otherwise the program reads an end of file at once. A program that waits
+	// for input ends at its timeout like any other.
+	Stdin bool `protobuf:"varint,8,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	// Runs the program on a terminal (a pseudo-terminal of its own sandbox) of this
+	// size, which controls its session, with TERM=xterm-256color unless env says
+	// another. All it writes is stdout, as with any terminal. Input is open, as with
+	// stdin. Absent: on pipes.
+	Terminal *TerminalSize `protobuf:"bytes,9,opt,name=terminal,proto3" json:"terminal,omitempty"`
 	// How long it may be idle before it is ended with REASON_IDLE_TIMED_OUT: TERM,
 	// grace_period, KILL. Idle means: it wrote nothing, was given no input, used less than
 	// one percent of one core, and does not wait for its output to be taken. The sandbox
@@ -312,11 +321,80 @@ func (x *Command) GetGracePeriod() *durationpb.Duration {
 	return nil
 }
 
+func (x *Command) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *Command) GetTerminal() *TerminalSize {
+	if x != nil {
+		return x.Terminal
+	}
+	return nil
+}
+
 func (x *Command) GetIdleTimeout() *durationpb.Duration {
 	if x != nil {
 		return x.IdleTimeout
 	}
 	return nil
+}
+
+// TerminalSize is how much a terminal shows.
+type TerminalSize struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Lines; 1 to 65,535.
+	Rows int32 `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
+	// Characters on a line; 1 to 65,535.
+	Columns       int32 `protobuf:"varint,2,opt,name=columns,proto3" json:"columns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TerminalSize) Reset() {
+	*x = TerminalSize{}
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TerminalSize) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TerminalSize) ProtoMessage() {}
+
+func (x *TerminalSize) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
+func (*TerminalSize) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *TerminalSize) GetRows() int32 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *TerminalSize) GetColumns() int32 {
+	if x != nil {
+		return x.Columns
+	}
+	return 0
 }
 
 // Code is source text. It reaches the sandbox as a file, never through a shell.
@@ -333,7 +411,7 @@ type Code struct {
 
 func (x *Code) Reset() {
 	*x = Code{}
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[1]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -345,7 +423,7 @@ func (x *Code) String() string {
 func (*Code) ProtoMessage() {}
 
 func (x *Code) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[1]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -358,7 +436,7 @@ func (x *Code) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Code.ProtoReflect.Descriptor instead.
 func (*Code) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{1}
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Code) GetLanguage() Language {
@@ -395,7 +473,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[2]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -407,7 +485,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[2]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -420,7 +498,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{2}
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Limits) GetMemoryBytes() int64 {
@@ -463,7 +541,7 @@ type OutputPolicy struct {
 
 func (x *OutputPolicy) Reset() {
 	*x = OutputPolicy{}
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[3]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -475,7 +553,7 @@ func (x *OutputPolicy) String() string {
 func (*OutputPolicy) ProtoMessage() {}
 
 func (x *OutputPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[3]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -488,7 +566,7 @@ func (x *OutputPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputPolicy.ProtoReflect.Descriptor instead.
 func (*OutputPolicy) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{3}
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *OutputPolicy) GetRetainedBytes() int64 {
@@ -528,7 +606,7 @@ type DetachPolicy struct {
 
 func (x *DetachPolicy) Reset() {
 	*x = DetachPolicy{}
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[4]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -540,7 +618,7 @@ func (x *DetachPolicy) String() string {
 func (*DetachPolicy) ProtoMessage() {}
 
 func (x *DetachPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_executor_v1_command_proto_msgTypes[4]
+	mi := &file_harvest_executor_v1_command_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -553,7 +631,7 @@ func (x *DetachPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DetachPolicy.ProtoReflect.Descriptor instead.
 func (*DetachPolicy) Descriptor() ([]byte, []int) {
-	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{4}
+	return file_harvest_executor_v1_command_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DetachPolicy) GetMode() DetachPolicy_Mode {
@@ -574,7 +652,7 @@ var File_harvest_executor_v1_command_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"!harvest/executor/v1/command.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\xc4\a\n" +
+	"!harvest/executor/v1/command.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\x99\b\n" +
 	"\aCommand\x12-\n" +
 	"\x04code\x18\x01 \x01(\v2\x19.harvest.executor.v1.CodeR\x04code\x12c\n" +
 	"\x04args\x18\x02 \x03(\tBO\xbaHL\x92\x01I\x10\x80 \"D\xba\x01A\n" +
@@ -586,13 +664,18 @@ const file_harvest_executor_v1_command_proto_rawDesc = "" +
 	"\x1aworking_directory.absolute\x12?must be an absolute path without a NUL byte, such as /workspace\x1aWthis == '' || (this.startsWith('/') && !this.contains('\\u0000') && this.size() <= 4096)R\x10workingDirectory\x12C\n" +
 	"\atimeout\x18\x05 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x04\b\x80\xf5$*\x00R\atimeout\x12K\n" +
 	"\fgrace_period\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
-	"\xaa\x01\a\"\x03\b\xd8\x042\x00R\vgracePeriod\x12N\n" +
+	"\xaa\x01\a\"\x03\b\xd8\x042\x00R\vgracePeriod\x12\x14\n" +
+	"\x05stdin\x18\b \x01(\bR\x05stdin\x12=\n" +
+	"\bterminal\x18\t \x01(\v2!.harvest.executor.v1.TerminalSizeR\bterminal\x12N\n" +
 	"\fidle_timeout\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xf5$2\x02\b\x01R\vidleTimeout\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
+	"\fTerminalSize\x12\x1f\n" +
+	"\x04rows\x18\x01 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xff\xff\x03(\x01R\x04rows\x12%\n" +
+	"\acolumns\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xff\xff\x03(\x01R\acolumns\"r\n" +
 	"\x04Code\x12E\n" +
 	"\blanguage\x18\x01 \x01(\x0e2\x1d.harvest.executor.v1.LanguageB\n" +
 	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\blanguage\x12#\n" +
@@ -640,35 +723,37 @@ func file_harvest_executor_v1_command_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_executor_v1_command_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_harvest_executor_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_harvest_executor_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_harvest_executor_v1_command_proto_goTypes = []any{
 	(Language)(0),               // 0: harvest.executor.v1.Language
 	(OutputPolicy_OnLimit)(0),   // 1: harvest.executor.v1.OutputPolicy.OnLimit
 	(DetachPolicy_Mode)(0),      // 2: harvest.executor.v1.DetachPolicy.Mode
 	(*Command)(nil),             // 3: harvest.executor.v1.Command
-	(*Code)(nil),                // 4: harvest.executor.v1.Code
-	(*Limits)(nil),              // 5: harvest.executor.v1.Limits
-	(*OutputPolicy)(nil),        // 6: harvest.executor.v1.OutputPolicy
-	(*DetachPolicy)(nil),        // 7: harvest.executor.v1.DetachPolicy
-	nil,                         // 8: harvest.executor.v1.Command.EnvEntry
-	(*durationpb.Duration)(nil), // 9: google.protobuf.Duration
+	(*TerminalSize)(nil),        // 4: harvest.executor.v1.TerminalSize
+	(*Code)(nil),                // 5: harvest.executor.v1.Code
+	(*Limits)(nil),              // 6: harvest.executor.v1.Limits
+	(*OutputPolicy)(nil),        // 7: harvest.executor.v1.OutputPolicy
+	(*DetachPolicy)(nil),        // 8: harvest.executor.v1.DetachPolicy
+	nil,                         // 9: harvest.executor.v1.Command.EnvEntry
+	(*durationpb.Duration)(nil), // 10: google.protobuf.Duration
 }
 var file_harvest_executor_v1_command_proto_depIdxs = []int32{
-	4,  // 0: harvest.executor.v1.Command.code:type_name -> harvest.executor.v1.Code
-	8,  // 1: harvest.executor.v1.Command.env:type_name -> harvest.executor.v1.Command.EnvEntry
-	9,  // 2: harvest.executor.v1.Command.timeout:type_name -> google.protobuf.Duration
-	9,  // 3: harvest.executor.v1.Command.grace_period:type_name -> google.protobuf.Duration
-	9,  // 4: harvest.executor.v1.Command.idle_timeout:type_name -> google.protobuf.Duration
-	0,  // 5: harvest.executor.v1.Code.language:type_name -> harvest.executor.v1.Language
-	1,  // 6: harvest.executor.v1.OutputPolicy.on_limit:type_name -> harvest.executor.v1.OutputPolicy.OnLimit
-	9,  // 7: harvest.executor.v1.OutputPolicy.retention:type_name -> google.protobuf.Duration
-	2,  // 8: harvest.executor.v1.DetachPolicy.mode:type_name -> harvest.executor.v1.DetachPolicy.Mode
-	9,  // 9: harvest.executor.v1.DetachPolicy.grace:type_name -> google.protobuf.Duration
-	10, // [10:10] is the sub-list for method output_type
-	10, // [10:10] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	5,  // 0: harvest.executor.v1.Command.code:type_name -> harvest.executor.v1.Code
+	9,  // 1: harvest.executor.v1.Command.env:type_name -> harvest.executor.v1.Command.EnvEntry
+	10, // 2: harvest.executor.v1.Command.timeout:type_name -> google.protobuf.Duration
+	10, // 3: harvest.executor.v1.Command.grace_period:type_name -> google.protobuf.Duration
+	4,  // 4: harvest.executor.v1.Command.terminal:type_name -> harvest.executor.v1.TerminalSize
+	10, // 5: harvest.executor.v1.Command.idle_timeout:type_name -> google.protobuf.Duration
+	0,  // 6: harvest.executor.v1.Code.language:type_name -> harvest.executor.v1.Language
+	1,  // 7: harvest.executor.v1.OutputPolicy.on_limit:type_name -> harvest.executor.v1.OutputPolicy.OnLimit
+	10, // 8: harvest.executor.v1.OutputPolicy.retention:type_name -> google.protobuf.Duration
+	2,  // 9: harvest.executor.v1.DetachPolicy.mode:type_name -> harvest.executor.v1.DetachPolicy.Mode
+	10, // 10: harvest.executor.v1.DetachPolicy.grace:type_name -> google.protobuf.Duration
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_command_proto_init() }
@@ -682,7 +767,7 @@ func file_harvest_executor_v1_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_executor_v1_command_proto_rawDesc), len(file_harvest_executor_v1_command_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

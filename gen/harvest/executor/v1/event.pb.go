@@ -86,7 +86,8 @@ const (
 	Reason_REASON_UNSPECIFIED Reason = 0
 	// The program ended by itself, with exit_code.
 	Reason_REASON_EXITED Reason = 1
-	// A signal that executord did not send ended it.
+	// A signal ended it that was no part of a stop by executord: the program's own, the
+	// kernel's, or one of SignalExecution.
 	Reason_REASON_SIGNALED Reason = 2
 	// Its timeout passed.
 	Reason_REASON_TIMED_OUT Reason = 3

@@ -26,6 +26,64 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// SignalScope says who of an execution gets a signal.
+type SignalScope int32
+
+const (
+	// The default, SIGNAL_SCOPE_PROCESS.
+	SignalScope_SIGNAL_SCOPE_UNSPECIFIED SignalScope = 0
+	// The program itself, the process that was started.
+	SignalScope_SIGNAL_SCOPE_PROCESS SignalScope = 1
+	// The process group in the foreground of the execution's terminal, which is what a
+	// key such as Ctrl-C reaches; without a terminal the program's own process group.
+	SignalScope_SIGNAL_SCOPE_GROUP SignalScope = 2
+	// Every process that comes from the program, however it tried to get away.
+	SignalScope_SIGNAL_SCOPE_TREE SignalScope = 3
+)
+
+// Enum value maps for SignalScope.
+var (
+	SignalScope_name = map[int32]string{
+		0: "SIGNAL_SCOPE_UNSPECIFIED",
+		1: "SIGNAL_SCOPE_PROCESS",
+		2: "SIGNAL_SCOPE_GROUP",
+		3: "SIGNAL_SCOPE_TREE",
+	}
+	SignalScope_value = map[string]int32{
+		"SIGNAL_SCOPE_UNSPECIFIED": 0,
+		"SIGNAL_SCOPE_PROCESS":     1,
+		"SIGNAL_SCOPE_GROUP":       2,
+		"SIGNAL_SCOPE_TREE":        3,
+	}
+)
+
+func (x SignalScope) Enum() *SignalScope {
+	p := new(SignalScope)
+	*p = x
+	return p
+}
+
+func (x SignalScope) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SignalScope) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_executor_v1_executor_service_proto_enumTypes[0].Descriptor()
+}
+
+func (SignalScope) Type() protoreflect.EnumType {
+	return &file_harvest_executor_v1_executor_service_proto_enumTypes[0]
+}
+
+func (x SignalScope) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SignalScope.Descriptor instead.
+func (SignalScope) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{0}
+}
+
 // ExecuteRequest starts a command and follows it.
 type ExecuteRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1157,6 +1215,700 @@ func (*DeleteExecutionResponse) Descriptor() ([]byte, []int) {
 	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{17}
 }
 
+// WriteInputRequest writes input.
+type WriteInputRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Resource name of the execution; required.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The position of the first byte of data in the input, from 0. Absent: behind all
+	// that was taken, which is not safe to repeat.
+	Offset *int64 `protobuf:"varint,2,opt,name=offset,proto3,oneof" json:"offset,omitempty"`
+	// The bytes; at most 31,744. None, without close, only asks for the committed offset.
+	Data []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	// Input ends behind data: the program reads an end of file; on a terminal by its
+	// end-of-file character. Done once all of data is taken.
+	Close         bool `protobuf:"varint,4,opt,name=close,proto3" json:"close,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteInputRequest) Reset() {
+	*x = WriteInputRequest{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteInputRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteInputRequest) ProtoMessage() {}
+
+func (x *WriteInputRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteInputRequest.ProtoReflect.Descriptor instead.
+func (*WriteInputRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *WriteInputRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *WriteInputRequest) GetOffset() int64 {
+	if x != nil && x.Offset != nil {
+		return *x.Offset
+	}
+	return 0
+}
+
+func (x *WriteInputRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *WriteInputRequest) GetClose() bool {
+	if x != nil {
+		return x.Close
+	}
+	return false
+}
+
+// WriteInputResponse answers a write.
+type WriteInputResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How much of the input was taken, in bytes from its start.
+	CommittedOffset int64 `protobuf:"varint,1,opt,name=committed_offset,json=committedOffset,proto3" json:"committed_offset,omitempty"`
+	// The input is closed.
+	Closed        bool `protobuf:"varint,2,opt,name=closed,proto3" json:"closed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteInputResponse) Reset() {
+	*x = WriteInputResponse{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteInputResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteInputResponse) ProtoMessage() {}
+
+func (x *WriteInputResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteInputResponse.ProtoReflect.Descriptor instead.
+func (*WriteInputResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *WriteInputResponse) GetCommittedOffset() int64 {
+	if x != nil {
+		return x.CommittedOffset
+	}
+	return 0
+}
+
+func (x *WriteInputResponse) GetClosed() bool {
+	if x != nil {
+		return x.Closed
+	}
+	return false
+}
+
+// AttachExecutionRequest is one message of an attached client.
+type AttachExecutionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it is; required.
+	//
+	// Types that are valid to be assigned to Message:
+	//
+	//	*AttachExecutionRequest_Start
+	//	*AttachExecutionRequest_Input
+	//	*AttachExecutionRequest_Resize
+	//	*AttachExecutionRequest_CloseInput
+	Message       isAttachExecutionRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachExecutionRequest) Reset() {
+	*x = AttachExecutionRequest{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachExecutionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachExecutionRequest) ProtoMessage() {}
+
+func (x *AttachExecutionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachExecutionRequest.ProtoReflect.Descriptor instead.
+func (*AttachExecutionRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *AttachExecutionRequest) GetMessage() isAttachExecutionRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *AttachExecutionRequest) GetStart() *AttachStart {
+	if x != nil {
+		if x, ok := x.Message.(*AttachExecutionRequest_Start); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *AttachExecutionRequest) GetInput() *AttachInput {
+	if x != nil {
+		if x, ok := x.Message.(*AttachExecutionRequest_Input); ok {
+			return x.Input
+		}
+	}
+	return nil
+}
+
+func (x *AttachExecutionRequest) GetResize() *TerminalSize {
+	if x != nil {
+		if x, ok := x.Message.(*AttachExecutionRequest_Resize); ok {
+			return x.Resize
+		}
+	}
+	return nil
+}
+
+func (x *AttachExecutionRequest) GetCloseInput() *AttachCloseInput {
+	if x != nil {
+		if x, ok := x.Message.(*AttachExecutionRequest_CloseInput); ok {
+			return x.CloseInput
+		}
+	}
+	return nil
+}
+
+type isAttachExecutionRequest_Message interface {
+	isAttachExecutionRequest_Message()
+}
+
+type AttachExecutionRequest_Start struct {
+	// Names the execution; the first message, and only that.
+	Start *AttachStart `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type AttachExecutionRequest_Input struct {
+	// Input for the program.
+	Input *AttachInput `protobuf:"bytes,2,opt,name=input,proto3,oneof"`
+}
+
+type AttachExecutionRequest_Resize struct {
+	// The terminal's new size; the program gets WINCH.
+	Resize *TerminalSize `protobuf:"bytes,3,opt,name=resize,proto3,oneof"`
+}
+
+type AttachExecutionRequest_CloseInput struct {
+	// Input ends behind what was sent.
+	CloseInput *AttachCloseInput `protobuf:"bytes,4,opt,name=close_input,json=closeInput,proto3,oneof"`
+}
+
+func (*AttachExecutionRequest_Start) isAttachExecutionRequest_Message() {}
+
+func (*AttachExecutionRequest_Input) isAttachExecutionRequest_Message() {}
+
+func (*AttachExecutionRequest_Resize) isAttachExecutionRequest_Message() {}
+
+func (*AttachExecutionRequest_CloseInput) isAttachExecutionRequest_Message() {}
+
+// AttachStart says to what a client attaches.
+type AttachStart struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Resource name of the execution; required.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// As in WatchExecutionRequest.
+	After *Cursor `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`
+	// Ends the attachment of another writer, if there is one.
+	TakeOver bool `protobuf:"varint,3,opt,name=take_over,json=takeOver,proto3" json:"take_over,omitempty"`
+	// Names the writer, so that one that lost its connection replaces itself without
+	// taking over from anybody: at most 64 characters of A-Z a-z 0-9 . _ -, chosen at
+	// random by the client. Empty: one of its own for each attachment.
+	Writer string `protobuf:"bytes,4,opt,name=writer,proto3" json:"writer,omitempty"`
+	// How long the stream may be silent before a heartbeat; default 15 s, 1 s to 300 s.
+	HeartbeatInterval *durationpb.Duration `protobuf:"bytes,5,opt,name=heartbeat_interval,json=heartbeatInterval,proto3" json:"heartbeat_interval,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *AttachStart) Reset() {
+	*x = AttachStart{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachStart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachStart) ProtoMessage() {}
+
+func (x *AttachStart) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachStart.ProtoReflect.Descriptor instead.
+func (*AttachStart) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *AttachStart) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AttachStart) GetAfter() *Cursor {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *AttachStart) GetTakeOver() bool {
+	if x != nil {
+		return x.TakeOver
+	}
+	return false
+}
+
+func (x *AttachStart) GetWriter() string {
+	if x != nil {
+		return x.Writer
+	}
+	return ""
+}
+
+func (x *AttachStart) GetHeartbeatInterval() *durationpb.Duration {
+	if x != nil {
+		return x.HeartbeatInterval
+	}
+	return nil
+}
+
+// AttachInput is a piece of input. Pieces are written one after another. A client
+// keeps a piece until an InputState says that it was taken, and sends no more than
+// 65,536 bytes ahead of it.
+type AttachInput struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in WriteInputRequest.
+	Offset *int64 `protobuf:"varint,1,opt,name=offset,proto3,oneof" json:"offset,omitempty"`
+	// The bytes; 1 to 31,744.
+	Data          []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachInput) Reset() {
+	*x = AttachInput{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachInput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachInput) ProtoMessage() {}
+
+func (x *AttachInput) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachInput.ProtoReflect.Descriptor instead.
+func (*AttachInput) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *AttachInput) GetOffset() int64 {
+	if x != nil && x.Offset != nil {
+		return *x.Offset
+	}
+	return 0
+}
+
+func (x *AttachInput) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+// AttachCloseInput ends the input.
+type AttachCloseInput struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where it ends: behind as many bytes. Absent: behind all that was sent.
+	Offset        *int64 `protobuf:"varint,1,opt,name=offset,proto3,oneof" json:"offset,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachCloseInput) Reset() {
+	*x = AttachCloseInput{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachCloseInput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachCloseInput) ProtoMessage() {}
+
+func (x *AttachCloseInput) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachCloseInput.ProtoReflect.Descriptor instead.
+func (*AttachCloseInput) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *AttachCloseInput) GetOffset() int64 {
+	if x != nil && x.Offset != nil {
+		return *x.Offset
+	}
+	return 0
+}
+
+// AttachExecutionResponse is one message for an attached client.
+type AttachExecutionResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it is.
+	//
+	// Types that are valid to be assigned to Message:
+	//
+	//	*AttachExecutionResponse_Event
+	//	*AttachExecutionResponse_Input
+	Message       isAttachExecutionResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachExecutionResponse) Reset() {
+	*x = AttachExecutionResponse{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachExecutionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachExecutionResponse) ProtoMessage() {}
+
+func (x *AttachExecutionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachExecutionResponse.ProtoReflect.Descriptor instead.
+func (*AttachExecutionResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *AttachExecutionResponse) GetMessage() isAttachExecutionResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *AttachExecutionResponse) GetEvent() *Event {
+	if x != nil {
+		if x, ok := x.Message.(*AttachExecutionResponse_Event); ok {
+			return x.Event
+		}
+	}
+	return nil
+}
+
+func (x *AttachExecutionResponse) GetInput() *InputState {
+	if x != nil {
+		if x, ok := x.Message.(*AttachExecutionResponse_Input); ok {
+			return x.Input
+		}
+	}
+	return nil
+}
+
+type isAttachExecutionResponse_Message interface {
+	isAttachExecutionResponse_Message()
+}
+
+type AttachExecutionResponse_Event struct {
+	// An event, as WatchExecution tells it.
+	Event *Event `protobuf:"bytes,1,opt,name=event,proto3,oneof"`
+}
+
+type AttachExecutionResponse_Input struct {
+	// How far input has come: once when the program runs, then whenever it changes.
+	Input *InputState `protobuf:"bytes,2,opt,name=input,proto3,oneof"`
+}
+
+func (*AttachExecutionResponse_Event) isAttachExecutionResponse_Message() {}
+
+func (*AttachExecutionResponse_Input) isAttachExecutionResponse_Message() {}
+
+// InputState is how far the input of an execution has come. It is not part of the log.
+type InputState struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How much of the input was taken, in bytes from its start.
+	CommittedOffset int64 `protobuf:"varint,1,opt,name=committed_offset,json=committedOffset,proto3" json:"committed_offset,omitempty"`
+	// No more input is taken: it was closed, the program has closed it, or the execution
+	// is ending.
+	Closed        bool `protobuf:"varint,2,opt,name=closed,proto3" json:"closed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InputState) Reset() {
+	*x = InputState{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InputState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InputState) ProtoMessage() {}
+
+func (x *InputState) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InputState.ProtoReflect.Descriptor instead.
+func (*InputState) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *InputState) GetCommittedOffset() int64 {
+	if x != nil {
+		return x.CommittedOffset
+	}
+	return 0
+}
+
+func (x *InputState) GetClosed() bool {
+	if x != nil {
+		return x.Closed
+	}
+	return false
+}
+
+// SignalExecutionRequest sends a signal.
+type SignalExecutionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Resource name of the execution; required.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The signal's number on Linux, such as 15 for TERM; 1 to 64.
+	Signal int32 `protobuf:"varint,2,opt,name=signal,proto3" json:"signal,omitempty"`
+	// Who gets it; default SIGNAL_SCOPE_PROCESS.
+	Scope SignalScope `protobuf:"varint,3,opt,name=scope,proto3,enum=harvest.executor.v1.SignalScope" json:"scope,omitempty"`
+	// Makes the call safe to repeat, as in ExecuteRequest: a repeat of one that was
+	// carried out sends nothing and is answered as the first, also after the execution's
+	// end. When executord or its connection to the sandbox dies in the very moment of
+	// sending, the signal can come twice.
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalExecutionRequest) Reset() {
+	*x = SignalExecutionRequest{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalExecutionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalExecutionRequest) ProtoMessage() {}
+
+func (x *SignalExecutionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalExecutionRequest.ProtoReflect.Descriptor instead.
+func (*SignalExecutionRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *SignalExecutionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SignalExecutionRequest) GetSignal() int32 {
+	if x != nil {
+		return x.Signal
+	}
+	return 0
+}
+
+func (x *SignalExecutionRequest) GetScope() SignalScope {
+	if x != nil {
+		return x.Scope
+	}
+	return SignalScope_SIGNAL_SCOPE_UNSPECIFIED
+}
+
+func (x *SignalExecutionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// SignalExecutionResponse says that the signal was sent.
+type SignalExecutionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalExecutionResponse) Reset() {
+	*x = SignalExecutionResponse{}
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalExecutionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalExecutionResponse) ProtoMessage() {}
+
+func (x *SignalExecutionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_executor_service_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalExecutionResponse.ProtoReflect.Descriptor instead.
+func (*SignalExecutionResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_executor_service_proto_rawDescGZIP(), []int{27}
+}
+
 var File_harvest_executor_v1_executor_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
@@ -1246,7 +1998,57 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x12<\n" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"\x19\n" +
-	"\x17DeleteExecutionResponse2\x90\b\n" +
+	"\x17DeleteExecutionResponse\"\xce\x01\n" +
+	"\x11WriteInputRequest\x12S\n" +
+	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x12$\n" +
+	"\x06offset\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02(\x00H\x00R\x06offset\x88\x01\x01\x12\x1d\n" +
+	"\x04data\x18\x03 \x01(\fB\t\xbaH\x06z\x04\x18\x80\xf8\x01R\x04data\x12\x14\n" +
+	"\x05close\x18\x04 \x01(\bR\x05closeB\t\n" +
+	"\a_offset\"W\n" +
+	"\x12WriteInputResponse\x12)\n" +
+	"\x10committed_offset\x18\x01 \x01(\x03R\x0fcommittedOffset\x12\x16\n" +
+	"\x06closed\x18\x02 \x01(\bR\x06closed\"\xa5\x02\n" +
+	"\x16AttachExecutionRequest\x128\n" +
+	"\x05start\x18\x01 \x01(\v2 .harvest.executor.v1.AttachStartH\x00R\x05start\x128\n" +
+	"\x05input\x18\x02 \x01(\v2 .harvest.executor.v1.AttachInputH\x00R\x05input\x12;\n" +
+	"\x06resize\x18\x03 \x01(\v2!.harvest.executor.v1.TerminalSizeH\x00R\x06resize\x12H\n" +
+	"\vclose_input\x18\x04 \x01(\v2%.harvest.executor.v1.AttachCloseInputH\x00R\n" +
+	"closeInputB\x10\n" +
+	"\amessage\x12\x05\xbaH\x02\b\x01\"\xc4\x02\n" +
+	"\vAttachStart\x12S\n" +
+	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x121\n" +
+	"\x05after\x18\x02 \x01(\v2\x1b.harvest.executor.v1.CursorR\x05after\x12\x1b\n" +
+	"\ttake_over\x18\x03 \x01(\bR\btakeOver\x125\n" +
+	"\x06writer\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\x06writer\x12Y\n" +
+	"\x12heartbeat_interval\x18\x05 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x03\b\xac\x022\x02\b\x01R\x11heartbeatInterval\"_\n" +
+	"\vAttachInput\x12$\n" +
+	"\x06offset\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00H\x00R\x06offset\x88\x01\x01\x12\x1f\n" +
+	"\x04data\x18\x02 \x01(\fB\v\xbaH\bz\x06\x10\x01\x18\x80\xf8\x01R\x04dataB\t\n" +
+	"\a_offset\"C\n" +
+	"\x10AttachCloseInput\x12$\n" +
+	"\x06offset\x18\x01 \x01(\x03B\a\xbaH\x04\"\x02(\x00H\x00R\x06offset\x88\x01\x01B\t\n" +
+	"\a_offset\"\x91\x01\n" +
+	"\x17AttachExecutionResponse\x122\n" +
+	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventH\x00R\x05event\x127\n" +
+	"\x05input\x18\x02 \x01(\v2\x1f.harvest.executor.v1.InputStateH\x00R\x05inputB\t\n" +
+	"\amessage\"O\n" +
+	"\n" +
+	"InputState\x12)\n" +
+	"\x10committed_offset\x18\x01 \x01(\x03R\x0fcommittedOffset\x12\x16\n" +
+	"\x06closed\x18\x02 \x01(\bR\x06closed\"\x90\x02\n" +
+	"\x16SignalExecutionRequest\x12S\n" +
+	"\x04name\x18\x01 \x01(\tB?\xbaH<r:28^(sessions/[a-z0-9-]{1,63}/)?executions/[a-z0-9-]{1,63}$R\x04name\x12!\n" +
+	"\x06signal\x18\x02 \x01(\x05B\t\xbaH\x06\x1a\x04\x18@(\x01R\x06signal\x12@\n" +
+	"\x05scope\x18\x03 \x01(\x0e2 .harvest.executor.v1.SignalScopeB\b\xbaH\x05\x82\x01\x02\x10\x01R\x05scope\x12<\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"\x19\n" +
+	"\x17SignalExecutionResponse*t\n" +
+	"\vSignalScope\x12\x1c\n" +
+	"\x18SIGNAL_SCOPE_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14SIGNAL_SCOPE_PROCESS\x10\x01\x12\x16\n" +
+	"\x12SIGNAL_SCOPE_GROUP\x10\x02\x12\x15\n" +
+	"\x11SIGNAL_SCOPE_TREE\x10\x032\xed\n" +
+	"\n" +
 	"\x0fExecutorService\x12`\n" +
 	"\aExecute\x12#.harvest.executor.v1.ExecuteRequest\x1a$.harvest.executor.v1.ExecuteResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x010\x01\x12s\n" +
 	"\x0eStartExecution\x12*.harvest.executor.v1.StartExecutionRequest\x1a+.harvest.executor.v1.StartExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12u\n" +
@@ -1256,7 +2058,11 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\rWaitExecution\x12).harvest.executor.v1.WaitExecutionRequest\x1a*.harvest.executor.v1.WaitExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12m\n" +
 	"\fGetExecution\x12(.harvest.executor.v1.GetExecutionRequest\x1a).harvest.executor.v1.GetExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12s\n" +
 	"\x0eListExecutions\x12*.harvest.executor.v1.ListExecutionsRequest\x1a+.harvest.executor.v1.ListExecutionsResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12v\n" +
-	"\x0fCancelExecution\x12+.harvest.executor.v1.CancelExecutionRequest\x1a,.harvest.executor.v1.CancelExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12v\n" +
+	"\x0fCancelExecution\x12+.harvest.executor.v1.CancelExecutionRequest\x1a,.harvest.executor.v1.CancelExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12g\n" +
+	"\n" +
+	"WriteInput\x12&.harvest.executor.v1.WriteInputRequest\x1a'.harvest.executor.v1.WriteInputResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12z\n" +
+	"\x0fAttachExecution\x12+.harvest.executor.v1.AttachExecutionRequest\x1a,.harvest.executor.v1.AttachExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01(\x010\x01\x12v\n" +
+	"\x0fSignalExecution\x12+.harvest.executor.v1.SignalExecutionRequest\x1a,.harvest.executor.v1.SignalExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12v\n" +
 	"\x0fDeleteExecution\x12+.harvest.executor.v1.DeleteExecutionRequest\x1a,.harvest.executor.v1.DeleteExecutionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01B\xe2\x01\n" +
 	"\x17com.harvest.executor.v1B\x14ExecutorServiceProtoP\x01ZCgithub.com/harvest-run/executord/gen/harvest/executor/v1;executorv1\xa2\x02\x03HEX\xaa\x02\x13Harvest.Executor.V1\xca\x02\x13Harvest\\Executor\\V1\xe2\x02\x1fHarvest\\Executor\\V1\\GPBMetadata\xea\x02\x15Harvest::Executor::V1b\x06proto3"
 
@@ -1272,88 +2078,116 @@ func file_harvest_executor_v1_executor_service_proto_rawDescGZIP() []byte {
 	return file_harvest_executor_v1_executor_service_proto_rawDescData
 }
 
-var file_harvest_executor_v1_executor_service_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_harvest_executor_v1_executor_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_harvest_executor_v1_executor_service_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_harvest_executor_v1_executor_service_proto_goTypes = []any{
-	(*ExecuteRequest)(nil),          // 0: harvest.executor.v1.ExecuteRequest
-	(*ExecuteResponse)(nil),         // 1: harvest.executor.v1.ExecuteResponse
-	(*StartExecutionRequest)(nil),   // 2: harvest.executor.v1.StartExecutionRequest
-	(*StartExecutionResponse)(nil),  // 3: harvest.executor.v1.StartExecutionResponse
-	(*WatchExecutionRequest)(nil),   // 4: harvest.executor.v1.WatchExecutionRequest
-	(*WatchExecutionResponse)(nil),  // 5: harvest.executor.v1.WatchExecutionResponse
-	(*ReadOutputRequest)(nil),       // 6: harvest.executor.v1.ReadOutputRequest
-	(*ReadOutputResponse)(nil),      // 7: harvest.executor.v1.ReadOutputResponse
-	(*WaitExecutionRequest)(nil),    // 8: harvest.executor.v1.WaitExecutionRequest
-	(*WaitExecutionResponse)(nil),   // 9: harvest.executor.v1.WaitExecutionResponse
-	(*GetExecutionRequest)(nil),     // 10: harvest.executor.v1.GetExecutionRequest
-	(*GetExecutionResponse)(nil),    // 11: harvest.executor.v1.GetExecutionResponse
-	(*ListExecutionsRequest)(nil),   // 12: harvest.executor.v1.ListExecutionsRequest
-	(*ListExecutionsResponse)(nil),  // 13: harvest.executor.v1.ListExecutionsResponse
-	(*CancelExecutionRequest)(nil),  // 14: harvest.executor.v1.CancelExecutionRequest
-	(*CancelExecutionResponse)(nil), // 15: harvest.executor.v1.CancelExecutionResponse
-	(*DeleteExecutionRequest)(nil),  // 16: harvest.executor.v1.DeleteExecutionRequest
-	(*DeleteExecutionResponse)(nil), // 17: harvest.executor.v1.DeleteExecutionResponse
-	nil,                             // 18: harvest.executor.v1.ExecuteRequest.LabelsEntry
-	nil,                             // 19: harvest.executor.v1.StartExecutionRequest.LabelsEntry
-	(*Command)(nil),                 // 20: harvest.executor.v1.Command
-	(*Limits)(nil),                  // 21: harvest.executor.v1.Limits
-	(*OutputPolicy)(nil),            // 22: harvest.executor.v1.OutputPolicy
-	(*durationpb.Duration)(nil),     // 23: google.protobuf.Duration
-	(*DetachPolicy)(nil),            // 24: harvest.executor.v1.DetachPolicy
-	(*Event)(nil),                   // 25: harvest.executor.v1.Event
-	(*Execution)(nil),               // 26: harvest.executor.v1.Execution
-	(*Cursor)(nil),                  // 27: harvest.executor.v1.Cursor
-	(Stream)(0),                     // 28: harvest.executor.v1.Stream
-	(*fieldmaskpb.FieldMask)(nil),   // 29: google.protobuf.FieldMask
+	(SignalScope)(0),                // 0: harvest.executor.v1.SignalScope
+	(*ExecuteRequest)(nil),          // 1: harvest.executor.v1.ExecuteRequest
+	(*ExecuteResponse)(nil),         // 2: harvest.executor.v1.ExecuteResponse
+	(*StartExecutionRequest)(nil),   // 3: harvest.executor.v1.StartExecutionRequest
+	(*StartExecutionResponse)(nil),  // 4: harvest.executor.v1.StartExecutionResponse
+	(*WatchExecutionRequest)(nil),   // 5: harvest.executor.v1.WatchExecutionRequest
+	(*WatchExecutionResponse)(nil),  // 6: harvest.executor.v1.WatchExecutionResponse
+	(*ReadOutputRequest)(nil),       // 7: harvest.executor.v1.ReadOutputRequest
+	(*ReadOutputResponse)(nil),      // 8: harvest.executor.v1.ReadOutputResponse
+	(*WaitExecutionRequest)(nil),    // 9: harvest.executor.v1.WaitExecutionRequest
+	(*WaitExecutionResponse)(nil),   // 10: harvest.executor.v1.WaitExecutionResponse
+	(*GetExecutionRequest)(nil),     // 11: harvest.executor.v1.GetExecutionRequest
+	(*GetExecutionResponse)(nil),    // 12: harvest.executor.v1.GetExecutionResponse
+	(*ListExecutionsRequest)(nil),   // 13: harvest.executor.v1.ListExecutionsRequest
+	(*ListExecutionsResponse)(nil),  // 14: harvest.executor.v1.ListExecutionsResponse
+	(*CancelExecutionRequest)(nil),  // 15: harvest.executor.v1.CancelExecutionRequest
+	(*CancelExecutionResponse)(nil), // 16: harvest.executor.v1.CancelExecutionResponse
+	(*DeleteExecutionRequest)(nil),  // 17: harvest.executor.v1.DeleteExecutionRequest
+	(*DeleteExecutionResponse)(nil), // 18: harvest.executor.v1.DeleteExecutionResponse
+	(*WriteInputRequest)(nil),       // 19: harvest.executor.v1.WriteInputRequest
+	(*WriteInputResponse)(nil),      // 20: harvest.executor.v1.WriteInputResponse
+	(*AttachExecutionRequest)(nil),  // 21: harvest.executor.v1.AttachExecutionRequest
+	(*AttachStart)(nil),             // 22: harvest.executor.v1.AttachStart
+	(*AttachInput)(nil),             // 23: harvest.executor.v1.AttachInput
+	(*AttachCloseInput)(nil),        // 24: harvest.executor.v1.AttachCloseInput
+	(*AttachExecutionResponse)(nil), // 25: harvest.executor.v1.AttachExecutionResponse
+	(*InputState)(nil),              // 26: harvest.executor.v1.InputState
+	(*SignalExecutionRequest)(nil),  // 27: harvest.executor.v1.SignalExecutionRequest
+	(*SignalExecutionResponse)(nil), // 28: harvest.executor.v1.SignalExecutionResponse
+	nil,                             // 29: harvest.executor.v1.ExecuteRequest.LabelsEntry
+	nil,                             // 30: harvest.executor.v1.StartExecutionRequest.LabelsEntry
+	(*Command)(nil),                 // 31: harvest.executor.v1.Command
+	(*Limits)(nil),                  // 32: harvest.executor.v1.Limits
+	(*OutputPolicy)(nil),            // 33: harvest.executor.v1.OutputPolicy
+	(*durationpb.Duration)(nil),     // 34: google.protobuf.Duration
+	(*DetachPolicy)(nil),            // 35: harvest.executor.v1.DetachPolicy
+	(*Event)(nil),                   // 36: harvest.executor.v1.Event
+	(*Execution)(nil),               // 37: harvest.executor.v1.Execution
+	(*Cursor)(nil),                  // 38: harvest.executor.v1.Cursor
+	(Stream)(0),                     // 39: harvest.executor.v1.Stream
+	(*fieldmaskpb.FieldMask)(nil),   // 40: google.protobuf.FieldMask
+	(*TerminalSize)(nil),            // 41: harvest.executor.v1.TerminalSize
 }
 var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
-	20, // 0: harvest.executor.v1.ExecuteRequest.command:type_name -> harvest.executor.v1.Command
-	21, // 1: harvest.executor.v1.ExecuteRequest.limits:type_name -> harvest.executor.v1.Limits
-	22, // 2: harvest.executor.v1.ExecuteRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
-	18, // 3: harvest.executor.v1.ExecuteRequest.labels:type_name -> harvest.executor.v1.ExecuteRequest.LabelsEntry
-	23, // 4: harvest.executor.v1.ExecuteRequest.heartbeat_interval:type_name -> google.protobuf.Duration
-	24, // 5: harvest.executor.v1.ExecuteRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	25, // 6: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
-	20, // 7: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
-	21, // 8: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
-	22, // 9: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
-	19, // 10: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
-	24, // 11: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	26, // 12: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	27, // 13: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
-	23, // 14: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
-	25, // 15: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
-	28, // 16: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
-	23, // 17: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
-	26, // 18: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	29, // 19: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
-	26, // 20: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	29, // 21: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
-	26, // 22: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
-	23, // 23: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
-	26, // 24: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	0,  // 25: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
-	2,  // 26: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
-	4,  // 27: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
-	6,  // 28: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
-	8,  // 29: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
-	10, // 30: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
-	12, // 31: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
-	14, // 32: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
-	16, // 33: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
-	1,  // 34: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
-	3,  // 35: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
-	5,  // 36: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
-	7,  // 37: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
-	9,  // 38: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
-	11, // 39: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
-	13, // 40: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
-	15, // 41: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
-	17, // 42: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
-	34, // [34:43] is the sub-list for method output_type
-	25, // [25:34] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	31, // 0: harvest.executor.v1.ExecuteRequest.command:type_name -> harvest.executor.v1.Command
+	32, // 1: harvest.executor.v1.ExecuteRequest.limits:type_name -> harvest.executor.v1.Limits
+	33, // 2: harvest.executor.v1.ExecuteRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
+	29, // 3: harvest.executor.v1.ExecuteRequest.labels:type_name -> harvest.executor.v1.ExecuteRequest.LabelsEntry
+	34, // 4: harvest.executor.v1.ExecuteRequest.heartbeat_interval:type_name -> google.protobuf.Duration
+	35, // 5: harvest.executor.v1.ExecuteRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
+	36, // 6: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
+	31, // 7: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
+	32, // 8: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
+	33, // 9: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
+	30, // 10: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
+	35, // 11: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
+	37, // 12: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	38, // 13: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
+	34, // 14: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
+	36, // 15: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
+	39, // 16: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
+	34, // 17: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
+	37, // 18: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	40, // 19: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	37, // 20: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	40, // 21: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	37, // 22: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
+	34, // 23: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
+	37, // 24: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	22, // 25: harvest.executor.v1.AttachExecutionRequest.start:type_name -> harvest.executor.v1.AttachStart
+	23, // 26: harvest.executor.v1.AttachExecutionRequest.input:type_name -> harvest.executor.v1.AttachInput
+	41, // 27: harvest.executor.v1.AttachExecutionRequest.resize:type_name -> harvest.executor.v1.TerminalSize
+	24, // 28: harvest.executor.v1.AttachExecutionRequest.close_input:type_name -> harvest.executor.v1.AttachCloseInput
+	38, // 29: harvest.executor.v1.AttachStart.after:type_name -> harvest.executor.v1.Cursor
+	34, // 30: harvest.executor.v1.AttachStart.heartbeat_interval:type_name -> google.protobuf.Duration
+	36, // 31: harvest.executor.v1.AttachExecutionResponse.event:type_name -> harvest.executor.v1.Event
+	26, // 32: harvest.executor.v1.AttachExecutionResponse.input:type_name -> harvest.executor.v1.InputState
+	0,  // 33: harvest.executor.v1.SignalExecutionRequest.scope:type_name -> harvest.executor.v1.SignalScope
+	1,  // 34: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
+	3,  // 35: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
+	5,  // 36: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
+	7,  // 37: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
+	9,  // 38: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
+	11, // 39: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
+	13, // 40: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
+	15, // 41: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
+	19, // 42: harvest.executor.v1.ExecutorService.WriteInput:input_type -> harvest.executor.v1.WriteInputRequest
+	21, // 43: harvest.executor.v1.ExecutorService.AttachExecution:input_type -> harvest.executor.v1.AttachExecutionRequest
+	27, // 44: harvest.executor.v1.ExecutorService.SignalExecution:input_type -> harvest.executor.v1.SignalExecutionRequest
+	17, // 45: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
+	2,  // 46: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
+	4,  // 47: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
+	6,  // 48: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
+	8,  // 49: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
+	10, // 50: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
+	12, // 51: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
+	14, // 52: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
+	16, // 53: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
+	20, // 54: harvest.executor.v1.ExecutorService.WriteInput:output_type -> harvest.executor.v1.WriteInputResponse
+	25, // 55: harvest.executor.v1.ExecutorService.AttachExecution:output_type -> harvest.executor.v1.AttachExecutionResponse
+	28, // 56: harvest.executor.v1.ExecutorService.SignalExecution:output_type -> harvest.executor.v1.SignalExecutionResponse
+	18, // 57: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
+	46, // [46:58] is the sub-list for method output_type
+	34, // [34:46] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_executor_service_proto_init() }
@@ -1365,18 +2199,32 @@ func file_harvest_executor_v1_executor_service_proto_init() {
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_event_proto_init()
 	file_harvest_executor_v1_execution_proto_init()
+	file_harvest_executor_v1_executor_service_proto_msgTypes[18].OneofWrappers = []any{}
+	file_harvest_executor_v1_executor_service_proto_msgTypes[20].OneofWrappers = []any{
+		(*AttachExecutionRequest_Start)(nil),
+		(*AttachExecutionRequest_Input)(nil),
+		(*AttachExecutionRequest_Resize)(nil),
+		(*AttachExecutionRequest_CloseInput)(nil),
+	}
+	file_harvest_executor_v1_executor_service_proto_msgTypes[22].OneofWrappers = []any{}
+	file_harvest_executor_v1_executor_service_proto_msgTypes[23].OneofWrappers = []any{}
+	file_harvest_executor_v1_executor_service_proto_msgTypes[24].OneofWrappers = []any{
+		(*AttachExecutionResponse_Event)(nil),
+		(*AttachExecutionResponse_Input)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_executor_v1_executor_service_proto_rawDesc), len(file_harvest_executor_v1_executor_service_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   20,
+			NumEnums:      1,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_harvest_executor_v1_executor_service_proto_goTypes,
 		DependencyIndexes: file_harvest_executor_v1_executor_service_proto_depIdxs,
+		EnumInfos:         file_harvest_executor_v1_executor_service_proto_enumTypes,
 		MessageInfos:      file_harvest_executor_v1_executor_service_proto_msgTypes,
 	}.Build()
 	File_harvest_executor_v1_executor_service_proto = out.File

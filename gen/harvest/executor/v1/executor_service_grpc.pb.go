@@ -29,6 +29,9 @@ const (
 	ExecutorService_GetExecution_FullMethodName    = "/harvest.executor.v1.ExecutorService/GetExecution"
 	ExecutorService_ListExecutions_FullMethodName  = "/harvest.executor.v1.ExecutorService/ListExecutions"
 	ExecutorService_CancelExecution_FullMethodName = "/harvest.executor.v1.ExecutorService/CancelExecution"
+	ExecutorService_WriteInput_FullMethodName      = "/harvest.executor.v1.ExecutorService/WriteInput"
+	ExecutorService_AttachExecution_FullMethodName = "/harvest.executor.v1.ExecutorService/AttachExecution"
+	ExecutorService_SignalExecution_FullMethodName = "/harvest.executor.v1.ExecutorService/SignalExecution"
 	ExecutorService_DeleteExecution_FullMethodName = "/harvest.executor.v1.ExecutorService/DeleteExecution"
 )
 
@@ -49,6 +52,7 @@ const (
 //
 // Every call that changes something takes a request_id, with which it can be repeated
 // when its answer was lost.
+// Input is addressed by its offset instead.
 //
 // A caller sees its own executions; who may see everybody's is in AuthService, and so are
 // the errors UNAUTHENTICATED and PERMISSION_DENIED of all RPCs. What is not in reach is
@@ -88,6 +92,31 @@ type ExecutorServiceClient interface {
 	// Ends an execution and answers when its whole process tree is gone. One that has
 	// ended already is answered as it is. NOT_FOUND.
 	CancelExecution(ctx context.Context, in *CancelExecutionRequest, opts ...grpc.CallOption) (*CancelExecutionResponse, error)
+	// Writes to the input of a running execution; waits for one that is starting. Safe
+	// to repeat: bytes that the program's pipe or terminal has taken already are
+	// skipped. Answers how much it has taken, also when that is not all: a program that
+	// does not read has room for no more than the kernel's pipe, and the rest has to be
+	// written again after a while. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED;
+	// STDIN_NOT_OPEN; STDIN_CLOSED, with metadata committed_offset); OUT_OF_RANGE
+	// (INPUT_OFFSET, with metadata committed_offset) for an offset beyond the committed
+	// one, or a close before it.
+	WriteInput(ctx context.Context, in *WriteInputRequest, opts ...grpc.CallOption) (*WriteInputResponse, error)
+	// Attaches to an execution: the events of its log, as with WatchExecution, and at the
+	// same time input for it and the size of its terminal. The first message of the
+	// client is start. The stream ends like a watch, with the result. One writer is
+	// attached at a time: FAILED_PRECONDITION with reason WRITER_ATTACHED for a second
+	// one that does not take over, and WRITER_TAKEN_OVER for the one from which another
+	// took over, whose stream ends so. Without a writer's wish WatchExecution is the
+	// one to use. An execution that has ended is told like any other. The end of the
+	// client's messages closes nothing. NOT_FOUND; FAILED_PRECONDITION
+	// (STDIN_NOT_OPEN; NOT_A_TERMINAL, for a size); OUT_OF_RANGE if `after` lies in the
+	// future, or an offset of input beyond the committed one (INPUT_OFFSET).
+	AttachExecution(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AttachExecutionRequest, AttachExecutionResponse], error)
+	// Sends a signal to processes of a running execution; waits for one that is
+	// starting. What the signal does is the program's affair: CancelExecution ends one
+	// for certain. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED); ALREADY_EXISTS
+	// (REQUEST_ID_REUSED).
+	SignalExecution(ctx context.Context, in *SignalExecutionRequest, opts ...grpc.CallOption) (*SignalExecutionResponse, error)
 	// Deletes an ended execution with its log. NOT_FOUND; FAILED_PRECONDITION (reason
 	// EXECUTION_NOT_ENDED) while it runs.
 	DeleteExecution(ctx context.Context, in *DeleteExecutionRequest, opts ...grpc.CallOption) (*DeleteExecutionResponse, error)
@@ -208,6 +237,39 @@ func (c *executorServiceClient) CancelExecution(ctx context.Context, in *CancelE
 	return out, nil
 }
 
+func (c *executorServiceClient) WriteInput(ctx context.Context, in *WriteInputRequest, opts ...grpc.CallOption) (*WriteInputResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WriteInputResponse)
+	err := c.cc.Invoke(ctx, ExecutorService_WriteInput_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *executorServiceClient) AttachExecution(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AttachExecutionRequest, AttachExecutionResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &ExecutorService_ServiceDesc.Streams[3], ExecutorService_AttachExecution_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[AttachExecutionRequest, AttachExecutionResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ExecutorService_AttachExecutionClient = grpc.BidiStreamingClient[AttachExecutionRequest, AttachExecutionResponse]
+
+func (c *executorServiceClient) SignalExecution(ctx context.Context, in *SignalExecutionRequest, opts ...grpc.CallOption) (*SignalExecutionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SignalExecutionResponse)
+	err := c.cc.Invoke(ctx, ExecutorService_SignalExecution_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *executorServiceClient) DeleteExecution(ctx context.Context, in *DeleteExecutionRequest, opts ...grpc.CallOption) (*DeleteExecutionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeleteExecutionResponse)
@@ -235,6 +297,7 @@ func (c *executorServiceClient) DeleteExecution(ctx context.Context, in *DeleteE
 //
 // Every call that changes something takes a request_id, with which it can be repeated
 // when its answer was lost.
+// Input is addressed by its offset instead.
 //
 // A caller sees its own executions; who may see everybody's is in AuthService, and so are
 // the errors UNAUTHENTICATED and PERMISSION_DENIED of all RPCs. What is not in reach is
@@ -274,6 +337,31 @@ type ExecutorServiceServer interface {
 	// Ends an execution and answers when its whole process tree is gone. One that has
 	// ended already is answered as it is. NOT_FOUND.
 	CancelExecution(context.Context, *CancelExecutionRequest) (*CancelExecutionResponse, error)
+	// Writes to the input of a running execution; waits for one that is starting. Safe
+	// to repeat: bytes that the program's pipe or terminal has taken already are
+	// skipped. Answers how much it has taken, also when that is not all: a program that
+	// does not read has room for no more than the kernel's pipe, and the rest has to be
+	// written again after a while. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED;
+	// STDIN_NOT_OPEN; STDIN_CLOSED, with metadata committed_offset); OUT_OF_RANGE
+	// (INPUT_OFFSET, with metadata committed_offset) for an offset beyond the committed
+	// one, or a close before it.
+	WriteInput(context.Context, *WriteInputRequest) (*WriteInputResponse, error)
+	// Attaches to an execution: the events of its log, as with WatchExecution, and at the
+	// same time input for it and the size of its terminal. The first message of the
+	// client is start. The stream ends like a watch, with the result. One writer is
+	// attached at a time: FAILED_PRECONDITION with reason WRITER_ATTACHED for a second
+	// one that does not take over, and WRITER_TAKEN_OVER for the one from which another
+	// took over, whose stream ends so. Without a writer's wish WatchExecution is the
+	// one to use. An execution that has ended is told like any other. The end of the
+	// client's messages closes nothing. NOT_FOUND; FAILED_PRECONDITION
+	// (STDIN_NOT_OPEN; NOT_A_TERMINAL, for a size); OUT_OF_RANGE if `after` lies in the
+	// future, or an offset of input beyond the committed one (INPUT_OFFSET).
+	AttachExecution(grpc.BidiStreamingServer[AttachExecutionRequest, AttachExecutionResponse]) error
+	// Sends a signal to processes of a running execution; waits for one that is
+	// starting. What the signal does is the program's affair: CancelExecution ends one
+	// for certain. NOT_FOUND; FAILED_PRECONDITION (EXECUTION_ENDED); ALREADY_EXISTS
+	// (REQUEST_ID_REUSED).
+	SignalExecution(context.Context, *SignalExecutionRequest) (*SignalExecutionResponse, error)
 	// Deletes an ended execution with its log. NOT_FOUND; FAILED_PRECONDITION (reason
 	// EXECUTION_NOT_ENDED) while it runs.
 	DeleteExecution(context.Context, *DeleteExecutionRequest) (*DeleteExecutionResponse, error)
@@ -310,6 +398,15 @@ func (UnimplementedExecutorServiceServer) ListExecutions(context.Context, *ListE
 }
 func (UnimplementedExecutorServiceServer) CancelExecution(context.Context, *CancelExecutionRequest) (*CancelExecutionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CancelExecution not implemented")
+}
+func (UnimplementedExecutorServiceServer) WriteInput(context.Context, *WriteInputRequest) (*WriteInputResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WriteInput not implemented")
+}
+func (UnimplementedExecutorServiceServer) AttachExecution(grpc.BidiStreamingServer[AttachExecutionRequest, AttachExecutionResponse]) error {
+	return status.Error(codes.Unimplemented, "method AttachExecution not implemented")
+}
+func (UnimplementedExecutorServiceServer) SignalExecution(context.Context, *SignalExecutionRequest) (*SignalExecutionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SignalExecution not implemented")
 }
 func (UnimplementedExecutorServiceServer) DeleteExecution(context.Context, *DeleteExecutionRequest) (*DeleteExecutionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteExecution not implemented")
@@ -458,6 +555,49 @@ func _ExecutorService_CancelExecution_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ExecutorService_WriteInput_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WriteInputRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ExecutorServiceServer).WriteInput(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ExecutorService_WriteInput_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ExecutorServiceServer).WriteInput(ctx, req.(*WriteInputRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ExecutorService_AttachExecution_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ExecutorServiceServer).AttachExecution(&grpc.GenericServerStream[AttachExecutionRequest, AttachExecutionResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type ExecutorService_AttachExecutionServer = grpc.BidiStreamingServer[AttachExecutionRequest, AttachExecutionResponse]
+
+func _ExecutorService_SignalExecution_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SignalExecutionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ExecutorServiceServer).SignalExecution(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ExecutorService_SignalExecution_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ExecutorServiceServer).SignalExecution(ctx, req.(*SignalExecutionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ExecutorService_DeleteExecution_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteExecutionRequest)
 	if err := dec(in); err != nil {
@@ -504,6 +644,14 @@ var ExecutorService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _ExecutorService_CancelExecution_Handler,
 		},
 		{
+			MethodName: "WriteInput",
+			Handler:    _ExecutorService_WriteInput_Handler,
+		},
+		{
+			MethodName: "SignalExecution",
+			Handler:    _ExecutorService_SignalExecution_Handler,
+		},
+		{
 			MethodName: "DeleteExecution",
 			Handler:    _ExecutorService_DeleteExecution_Handler,
 		},
@@ -523,6 +671,12 @@ var ExecutorService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "ReadOutput",
 			Handler:       _ExecutorService_ReadOutput_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "AttachExecution",
+			Handler:       _ExecutorService_AttachExecution_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "harvest/executor/v1/executor_service.proto",

@@ -4,12 +4,13 @@
 // It travels over one byte pipe, whatever the engine made it of. Each direction
 // is a sequence of frames: two 4 byte big-endian lengths, of a message and of a
 // payload, then one encoded Request (towards the guest) or Response (from it),
-// then the payload as it is: the output that a ReadResponse describes. Output is
-// kept out of the messages because encoding would copy it once on either side.
+// then the payload as it is: the output that a ReadResponse describes, or the input
+// of a WriteRequest. These are kept out of the messages because encoding would copy
+// them once on either side.
 // Requests carry an id chosen by executord; answers come in any order and carry it
 // back. A pipe may be lost and dialled again at any time: every request is safe to
-// repeat, because starts are keyed by the execution's id and reads name the
-// position they continue from.
+// repeat, because starts are keyed by the execution's id and reads and writes name
+// the position they continue from.
 //
 // executord treats everything that arrives here as hostile: the guest shares its
 // sandbox with code that nobody trusts.
@@ -223,6 +224,10 @@ const (
 	Error_KIND_INTERNAL Error_Kind = 6
 	// The working directory does not exist or cannot be entered.
 	Error_KIND_NO_WORKING_DIRECTORY Error_Kind = 7
+	// The command takes no more input: it was closed, or the program has closed it.
+	Error_KIND_CLOSED Error_Kind = 8
+	// The command has ended.
+	Error_KIND_ENDED Error_Kind = 9
 )
 
 // Enum value maps for Error_Kind.
@@ -236,6 +241,8 @@ var (
 		5: "KIND_INVALID",
 		6: "KIND_INTERNAL",
 		7: "KIND_NO_WORKING_DIRECTORY",
+		8: "KIND_CLOSED",
+		9: "KIND_ENDED",
 	}
 	Error_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED":          0,
@@ -246,6 +253,8 @@ var (
 		"KIND_INVALID":              5,
 		"KIND_INTERNAL":             6,
 		"KIND_NO_WORKING_DIRECTORY": 7,
+		"KIND_CLOSED":               8,
+		"KIND_ENDED":                9,
 	}
 )
 
@@ -276,6 +285,64 @@ func (Error_Kind) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{2, 0}
 }
 
+// Scope says who of a command gets a signal.
+type SignalRequest_Scope int32
+
+const (
+	// Not set; KIND_INVALID.
+	SignalRequest_SCOPE_UNSPECIFIED SignalRequest_Scope = 0
+	// The leader, which was started.
+	SignalRequest_SCOPE_PROCESS SignalRequest_Scope = 1
+	// The process group in the foreground of the command's terminal; without a
+	// terminal the group of the leader.
+	SignalRequest_SCOPE_GROUP SignalRequest_Scope = 2
+	// Every process of the command's tree, however it tried to get away.
+	SignalRequest_SCOPE_TREE SignalRequest_Scope = 3
+)
+
+// Enum value maps for SignalRequest_Scope.
+var (
+	SignalRequest_Scope_name = map[int32]string{
+		0: "SCOPE_UNSPECIFIED",
+		1: "SCOPE_PROCESS",
+		2: "SCOPE_GROUP",
+		3: "SCOPE_TREE",
+	}
+	SignalRequest_Scope_value = map[string]int32{
+		"SCOPE_UNSPECIFIED": 0,
+		"SCOPE_PROCESS":     1,
+		"SCOPE_GROUP":       2,
+		"SCOPE_TREE":        3,
+	}
+)
+
+func (x SignalRequest_Scope) Enum() *SignalRequest_Scope {
+	p := new(SignalRequest_Scope)
+	*p = x
+	return p
+}
+
+func (x SignalRequest_Scope) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SignalRequest_Scope) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_guest_v1_guest_proto_enumTypes[4].Descriptor()
+}
+
+func (SignalRequest_Scope) Type() protoreflect.EnumType {
+	return &file_harvest_guest_v1_guest_proto_enumTypes[4]
+}
+
+func (x SignalRequest_Scope) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SignalRequest_Scope.Descriptor instead.
+func (SignalRequest_Scope) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{15, 0}
+}
+
 // Request is one call of executord to the guest.
 type Request struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -290,6 +357,9 @@ type Request struct {
 	//	*Request_Stop
 	//	*Request_Release
 	//	*Request_Info
+	//	*Request_Write
+	//	*Request_Resize
+	//	*Request_Signal
 	Call          isRequest_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -384,6 +454,33 @@ func (x *Request) GetInfo() *InfoRequest {
 	return nil
 }
 
+func (x *Request) GetWrite() *WriteRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Write); ok {
+			return x.Write
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetResize() *ResizeRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Resize); ok {
+			return x.Resize
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetSignal() *SignalRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Signal); ok {
+			return x.Signal
+		}
+	}
+	return nil
+}
+
 type isRequest_Call interface {
 	isRequest_Call()
 }
@@ -413,6 +510,21 @@ type Request_Info struct {
 	Info *InfoRequest `protobuf:"bytes,6,opt,name=info,proto3,oneof"`
 }
 
+type Request_Write struct {
+	// Writes input to a command.
+	Write *WriteRequest `protobuf:"bytes,7,opt,name=write,proto3,oneof"`
+}
+
+type Request_Resize struct {
+	// Changes the size of a command's terminal.
+	Resize *ResizeRequest `protobuf:"bytes,8,opt,name=resize,proto3,oneof"`
+}
+
+type Request_Signal struct {
+	// Sends a signal to a command.
+	Signal *SignalRequest `protobuf:"bytes,9,opt,name=signal,proto3,oneof"`
+}
+
 func (*Request_Start) isRequest_Call() {}
 
 func (*Request_Read) isRequest_Call() {}
@@ -422,6 +534,12 @@ func (*Request_Stop) isRequest_Call() {}
 func (*Request_Release) isRequest_Call() {}
 
 func (*Request_Info) isRequest_Call() {}
+
+func (*Request_Write) isRequest_Call() {}
+
+func (*Request_Resize) isRequest_Call() {}
+
+func (*Request_Signal) isRequest_Call() {}
 
 // Response is the guest's answer to one request.
 type Response struct {
@@ -438,6 +556,9 @@ type Response struct {
 	//	*Response_Stop
 	//	*Response_Release
 	//	*Response_Info
+	//	*Response_Write
+	//	*Response_Resize
+	//	*Response_Signal
 	Answer        isResponse_Answer `protobuf_oneof:"answer"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -541,6 +662,33 @@ func (x *Response) GetInfo() *InfoResponse {
 	return nil
 }
 
+func (x *Response) GetWrite() *WriteResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Write); ok {
+			return x.Write
+		}
+	}
+	return nil
+}
+
+func (x *Response) GetResize() *ResizeResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Resize); ok {
+			return x.Resize
+		}
+	}
+	return nil
+}
+
+func (x *Response) GetSignal() *SignalResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Signal); ok {
+			return x.Signal
+		}
+	}
+	return nil
+}
+
 type isResponse_Answer interface {
 	isResponse_Answer()
 }
@@ -575,6 +723,21 @@ type Response_Info struct {
 	Info *InfoResponse `protobuf:"bytes,7,opt,name=info,proto3,oneof"`
 }
 
+type Response_Write struct {
+	// Answers write.
+	Write *WriteResponse `protobuf:"bytes,8,opt,name=write,proto3,oneof"`
+}
+
+type Response_Resize struct {
+	// Answers resize.
+	Resize *ResizeResponse `protobuf:"bytes,9,opt,name=resize,proto3,oneof"`
+}
+
+type Response_Signal struct {
+	// Answers signal.
+	Signal *SignalResponse `protobuf:"bytes,10,opt,name=signal,proto3,oneof"`
+}
+
 func (*Response_Error) isResponse_Answer() {}
 
 func (*Response_Start) isResponse_Answer() {}
@@ -587,15 +750,23 @@ func (*Response_Release) isResponse_Answer() {}
 
 func (*Response_Info) isResponse_Answer() {}
 
+func (*Response_Write) isResponse_Answer() {}
+
+func (*Response_Resize) isResponse_Answer() {}
+
+func (*Response_Signal) isResponse_Answer() {}
+
 // Error says why a call was not done.
 type Error struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What kind of error it is.
 	Kind Error_Kind `protobuf:"varint,1,opt,name=kind,proto3,enum=harvest.guest.v1.Error_Kind" json:"kind,omitempty"`
 	// The facts, for people.
-	Message       string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	// How much input the command has taken, in bytes; with a refused write.
+	CommittedOffset *uint64 `protobuf:"varint,3,opt,name=committed_offset,json=committedOffset,proto3,oneof" json:"committed_offset,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Error) Reset() {
@@ -642,6 +813,13 @@ func (x *Error) GetMessage() string {
 	return ""
 }
 
+func (x *Error) GetCommittedOffset() uint64 {
+	if x != nil && x.CommittedOffset != nil {
+		return *x.CommittedOffset
+	}
+	return 0
+}
+
 // StartRequest starts a command. A repeat with the id of a command that the guest
 // holds changes nothing and answers with that command.
 type StartRequest struct {
@@ -670,6 +848,12 @@ type StartRequest struct {
 	TimeoutMs uint64 `protobuf:"varint,9,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
 	// Milliseconds between TERM and KILL at a time-out.
 	GraceMs uint64 `protobuf:"varint,10,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"`
+	// Keeps standard input open for writes; it is empty and at its end otherwise. A
+	// terminal is always open.
+	Stdin bool `protobuf:"varint,11,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	// Runs the program on a terminal of its own, which controls its session. All it
+	// writes to the terminal is standard output. Absent: on pipes.
+	Terminal *TerminalSize `protobuf:"bytes,12,opt,name=terminal,proto3" json:"terminal,omitempty"`
 	// Milliseconds without output, input and use of the processor after which the
 	// guest stops the command by itself; 0 means never. Counted by the guest too.
 	IdleMs        uint64 `protobuf:"varint,13,opt,name=idle_ms,json=idleMs,proto3" json:"idle_ms,omitempty"`
@@ -777,9 +961,78 @@ func (x *StartRequest) GetGraceMs() uint64 {
 	return 0
 }
 
+func (x *StartRequest) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *StartRequest) GetTerminal() *TerminalSize {
+	if x != nil {
+		return x.Terminal
+	}
+	return nil
+}
+
 func (x *StartRequest) GetIdleMs() uint64 {
 	if x != nil {
 		return x.IdleMs
+	}
+	return 0
+}
+
+// TerminalSize is how much a terminal shows.
+type TerminalSize struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Lines, 1 to 65,535.
+	Rows uint32 `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
+	// Characters on a line, 1 to 65,535.
+	Columns       uint32 `protobuf:"varint,2,opt,name=columns,proto3" json:"columns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TerminalSize) Reset() {
+	*x = TerminalSize{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TerminalSize) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TerminalSize) ProtoMessage() {}
+
+func (x *TerminalSize) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TerminalSize.ProtoReflect.Descriptor instead.
+func (*TerminalSize) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *TerminalSize) GetRows() uint32 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *TerminalSize) GetColumns() uint32 {
+	if x != nil {
+		return x.Columns
 	}
 	return 0
 }
@@ -797,7 +1050,7 @@ type StartResponse struct {
 
 func (x *StartResponse) Reset() {
 	*x = StartResponse{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[4]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +1062,7 @@ func (x *StartResponse) String() string {
 func (*StartResponse) ProtoMessage() {}
 
 func (x *StartResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[4]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +1075,7 @@ func (x *StartResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartResponse.ProtoReflect.Descriptor instead.
 func (*StartResponse) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{4}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *StartResponse) GetPid() int32 {
@@ -860,7 +1113,7 @@ type ReadRequest struct {
 
 func (x *ReadRequest) Reset() {
 	*x = ReadRequest{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[5]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -872,7 +1125,7 @@ func (x *ReadRequest) String() string {
 func (*ReadRequest) ProtoMessage() {}
 
 func (x *ReadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[5]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -885,7 +1138,7 @@ func (x *ReadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadRequest.ProtoReflect.Descriptor instead.
 func (*ReadRequest) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{5}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ReadRequest) GetExecution() string {
@@ -944,7 +1197,7 @@ type ReadResponse struct {
 
 func (x *ReadResponse) Reset() {
 	*x = ReadResponse{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[6]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -956,7 +1209,7 @@ func (x *ReadResponse) String() string {
 func (*ReadResponse) ProtoMessage() {}
 
 func (x *ReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[6]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -969,7 +1222,7 @@ func (x *ReadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadResponse.ProtoReflect.Descriptor instead.
 func (*ReadResponse) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{6}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ReadResponse) GetChunks() []*Chunk {
@@ -1020,7 +1273,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[7]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1032,7 +1285,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[7]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1045,7 +1298,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{7}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Chunk) GetStream() Stream {
@@ -1077,7 +1330,7 @@ type StopRequest struct {
 
 func (x *StopRequest) Reset() {
 	*x = StopRequest{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[8]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1342,7 @@ func (x *StopRequest) String() string {
 func (*StopRequest) ProtoMessage() {}
 
 func (x *StopRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[8]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1355,7 @@ func (x *StopRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
 func (*StopRequest) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{8}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StopRequest) GetExecution() string {
@@ -1128,7 +1381,7 @@ type StopResponse struct {
 
 func (x *StopResponse) Reset() {
 	*x = StopResponse{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[9]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1140,7 +1393,7 @@ func (x *StopResponse) String() string {
 func (*StopResponse) ProtoMessage() {}
 
 func (x *StopResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[9]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1153,7 +1406,337 @@ func (x *StopResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
 func (*StopResponse) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{9}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{10}
+}
+
+// WriteRequest writes the frame's payload, at most 64 KiB, to a command's input. The
+// bytes before the committed offset have been taken already and are skipped, so that a
+// repeat writes nothing twice. What the program does not read stays in the kernel's
+// pipe or terminal, and the guest holds none of it.
+type WriteRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The execution's id.
+	Execution string `protobuf:"bytes,1,opt,name=execution,proto3" json:"execution,omitempty"`
+	// The position of the payload's first byte in the input; one beyond the committed
+	// offset is KIND_INVALID. Absent, without payload and close: only asks for the
+	// committed offset.
+	Offset *uint64 `protobuf:"varint,2,opt,name=offset,proto3,oneof" json:"offset,omitempty"`
+	// The input ends behind the payload: the program reads an end of file, on a terminal
+	// by its end-of-file character. Done once all of it is taken. KIND_INVALID if more
+	// than that was taken already.
+	Close bool `protobuf:"varint,3,opt,name=close,proto3" json:"close,omitempty"`
+	// Milliseconds to wait for room when not all of it has; at most 10,000.
+	WaitMs        uint32 `protobuf:"varint,4,opt,name=wait_ms,json=waitMs,proto3" json:"wait_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteRequest) Reset() {
+	*x = WriteRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteRequest) ProtoMessage() {}
+
+func (x *WriteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteRequest.ProtoReflect.Descriptor instead.
+func (*WriteRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *WriteRequest) GetExecution() string {
+	if x != nil {
+		return x.Execution
+	}
+	return ""
+}
+
+func (x *WriteRequest) GetOffset() uint64 {
+	if x != nil && x.Offset != nil {
+		return *x.Offset
+	}
+	return 0
+}
+
+func (x *WriteRequest) GetClose() bool {
+	if x != nil {
+		return x.Close
+	}
+	return false
+}
+
+func (x *WriteRequest) GetWaitMs() uint32 {
+	if x != nil {
+		return x.WaitMs
+	}
+	return 0
+}
+
+// WriteResponse says how much was taken.
+type WriteResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How much of the input the program's pipe or terminal has taken, in bytes from its
+	// start. Less than was sent if there is no room.
+	CommittedOffset uint64 `protobuf:"varint,1,opt,name=committed_offset,json=committedOffset,proto3" json:"committed_offset,omitempty"`
+	// The input has been closed.
+	Closed        bool `protobuf:"varint,2,opt,name=closed,proto3" json:"closed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WriteResponse) Reset() {
+	*x = WriteResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WriteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WriteResponse) ProtoMessage() {}
+
+func (x *WriteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WriteResponse.ProtoReflect.Descriptor instead.
+func (*WriteResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *WriteResponse) GetCommittedOffset() uint64 {
+	if x != nil {
+		return x.CommittedOffset
+	}
+	return 0
+}
+
+func (x *WriteResponse) GetClosed() bool {
+	if x != nil {
+		return x.Closed
+	}
+	return false
+}
+
+// ResizeRequest changes the size of a command's terminal; a program in its
+// foreground gets WINCH. Without a terminal it is KIND_INVALID.
+type ResizeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The execution's id.
+	Execution string `protobuf:"bytes,1,opt,name=execution,proto3" json:"execution,omitempty"`
+	// The new size.
+	Size          *TerminalSize `protobuf:"bytes,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeRequest) Reset() {
+	*x = ResizeRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeRequest) ProtoMessage() {}
+
+func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
+func (*ResizeRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ResizeRequest) GetExecution() string {
+	if x != nil {
+		return x.Execution
+	}
+	return ""
+}
+
+func (x *ResizeRequest) GetSize() *TerminalSize {
+	if x != nil {
+		return x.Size
+	}
+	return nil
+}
+
+// ResizeResponse says that the terminal has the size.
+type ResizeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeResponse) Reset() {
+	*x = ResizeResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeResponse) ProtoMessage() {}
+
+func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
+func (*ResizeResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{14}
+}
+
+// SignalRequest sends a signal to a command that has not ended.
+type SignalRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The execution's id.
+	Execution string `protobuf:"bytes,1,opt,name=execution,proto3" json:"execution,omitempty"`
+	// The signal's number on Linux, 1 to 64.
+	Signal uint32 `protobuf:"varint,2,opt,name=signal,proto3" json:"signal,omitempty"`
+	// Who gets it.
+	Scope         SignalRequest_Scope `protobuf:"varint,3,opt,name=scope,proto3,enum=harvest.guest.v1.SignalRequest_Scope" json:"scope,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalRequest) Reset() {
+	*x = SignalRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalRequest) ProtoMessage() {}
+
+func (x *SignalRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
+func (*SignalRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SignalRequest) GetExecution() string {
+	if x != nil {
+		return x.Execution
+	}
+	return ""
+}
+
+func (x *SignalRequest) GetSignal() uint32 {
+	if x != nil {
+		return x.Signal
+	}
+	return 0
+}
+
+func (x *SignalRequest) GetScope() SignalRequest_Scope {
+	if x != nil {
+		return x.Scope
+	}
+	return SignalRequest_SCOPE_UNSPECIFIED
+}
+
+// SignalResponse says that the signal was sent.
+type SignalResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignalResponse) Reset() {
+	*x = SignalResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignalResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignalResponse) ProtoMessage() {}
+
+func (x *SignalResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignalResponse.ProtoReflect.Descriptor instead.
+func (*SignalResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{16}
 }
 
 // Exit is how a command ended.
@@ -1195,7 +1778,7 @@ type Exit struct {
 
 func (x *Exit) Reset() {
 	*x = Exit{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[10]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1207,7 +1790,7 @@ func (x *Exit) String() string {
 func (*Exit) ProtoMessage() {}
 
 func (x *Exit) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[10]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1220,7 +1803,7 @@ func (x *Exit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exit.ProtoReflect.Descriptor instead.
 func (*Exit) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{10}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Exit) GetStatus() isExit_Status {
@@ -1355,7 +1938,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[11]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1950,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[11]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1963,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{11}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReleaseRequest) GetExecution() string {
@@ -1399,7 +1982,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[12]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1411,7 +1994,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[12]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1424,7 +2007,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{12}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 // InfoRequest asks what the guest is.
@@ -1436,7 +2019,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[13]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1448,7 +2031,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[13]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1461,7 +2044,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{13}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 // InfoResponse describes the guest and what it holds.
@@ -1480,7 +2063,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[14]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1492,7 +2075,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[14]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1505,7 +2088,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{14}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *InfoResponse) GetProtocol() uint32 {
@@ -1568,7 +2151,7 @@ type Setup struct {
 
 func (x *Setup) Reset() {
 	*x = Setup{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +2163,7 @@ func (x *Setup) String() string {
 func (*Setup) ProtoMessage() {}
 
 func (x *Setup) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +2176,7 @@ func (x *Setup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setup.ProtoReflect.Descriptor instead.
 func (*Setup) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Setup) GetHostname() string {
@@ -1690,7 +2273,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1702,7 +2285,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1715,7 +2298,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Overlay) GetTarget() string {
@@ -1762,7 +2345,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +2357,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +2370,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Layer) GetSource() isLayer_Source {
@@ -1844,7 +2427,7 @@ type SetupResult struct {
 
 func (x *SetupResult) Reset() {
 	*x = SetupResult{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1856,7 +2439,7 @@ func (x *SetupResult) String() string {
 func (*SetupResult) ProtoMessage() {}
 
 func (x *SetupResult) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1869,7 +2452,7 @@ func (x *SetupResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupResult.ProtoReflect.Descriptor instead.
 func (*SetupResult) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SetupResult) GetError() string {
@@ -1883,15 +2466,18 @@ var File_harvest_guest_v1_guest_proto protoreflect.FileDescriptor
 
 const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xb6\x02\n" +
+	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xe4\x03\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x126\n" +
 	"\x05start\x18\x02 \x01(\v2\x1e.harvest.guest.v1.StartRequestH\x00R\x05start\x123\n" +
 	"\x04read\x18\x03 \x01(\v2\x1d.harvest.guest.v1.ReadRequestH\x00R\x04read\x123\n" +
 	"\x04stop\x18\x04 \x01(\v2\x1d.harvest.guest.v1.StopRequestH\x00R\x04stop\x12<\n" +
 	"\arelease\x18\x05 \x01(\v2 .harvest.guest.v1.ReleaseRequestH\x00R\arelease\x123\n" +
-	"\x04info\x18\x06 \x01(\v2\x1d.harvest.guest.v1.InfoRequestH\x00R\x04infoB\x06\n" +
-	"\x04call\"\xef\x02\n" +
+	"\x04info\x18\x06 \x01(\v2\x1d.harvest.guest.v1.InfoRequestH\x00R\x04info\x126\n" +
+	"\x05write\x18\a \x01(\v2\x1e.harvest.guest.v1.WriteRequestH\x00R\x05write\x129\n" +
+	"\x06resize\x18\b \x01(\v2\x1f.harvest.guest.v1.ResizeRequestH\x00R\x06resize\x129\n" +
+	"\x06signal\x18\t \x01(\v2\x1f.harvest.guest.v1.SignalRequestH\x00R\x06signalB\x06\n" +
+	"\x04call\"\xa0\x04\n" +
 	"\bResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12/\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.harvest.guest.v1.ErrorH\x00R\x05error\x127\n" +
@@ -1899,11 +2485,16 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x04read\x18\x04 \x01(\v2\x1e.harvest.guest.v1.ReadResponseH\x00R\x04read\x124\n" +
 	"\x04stop\x18\x05 \x01(\v2\x1e.harvest.guest.v1.StopResponseH\x00R\x04stop\x12=\n" +
 	"\arelease\x18\x06 \x01(\v2!.harvest.guest.v1.ReleaseResponseH\x00R\arelease\x124\n" +
-	"\x04info\x18\a \x01(\v2\x1e.harvest.guest.v1.InfoResponseH\x00R\x04infoB\b\n" +
-	"\x06answer\"\x91\x02\n" +
+	"\x04info\x18\a \x01(\v2\x1e.harvest.guest.v1.InfoResponseH\x00R\x04info\x127\n" +
+	"\x05write\x18\b \x01(\v2\x1f.harvest.guest.v1.WriteResponseH\x00R\x05write\x12:\n" +
+	"\x06resize\x18\t \x01(\v2 .harvest.guest.v1.ResizeResponseH\x00R\x06resize\x12:\n" +
+	"\x06signal\x18\n" +
+	" \x01(\v2 .harvest.guest.v1.SignalResponseH\x00R\x06signalB\b\n" +
+	"\x06answer\"\xf7\x02\n" +
 	"\x05Error\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.harvest.guest.v1.Error.KindR\x04kind\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\xbb\x01\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\x12.\n" +
+	"\x10committed_offset\x18\x03 \x01(\x04H\x00R\x0fcommittedOffset\x88\x01\x01\"\xdc\x01\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eKIND_NOT_FOUND\x10\x01\x12\x18\n" +
@@ -1912,7 +2503,11 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x0eKIND_EXHAUSTED\x10\x04\x12\x10\n" +
 	"\fKIND_INVALID\x10\x05\x12\x11\n" +
 	"\rKIND_INTERNAL\x10\x06\x12\x1d\n" +
-	"\x19KIND_NO_WORKING_DIRECTORY\x10\a\"\xee\x02\n" +
+	"\x19KIND_NO_WORKING_DIRECTORY\x10\a\x12\x0f\n" +
+	"\vKIND_CLOSED\x10\b\x12\x0e\n" +
+	"\n" +
+	"KIND_ENDED\x10\tB\x13\n" +
+	"\x11_committed_offset\"\xc0\x03\n" +
 	"\fStartRequest\x12\x1c\n" +
 	"\texecution\x18\x01 \x01(\tR\texecution\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
@@ -1926,8 +2521,13 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"timeout_ms\x18\t \x01(\x04R\ttimeoutMs\x12\x19\n" +
 	"\bgrace_ms\x18\n" +
-	" \x01(\x04R\agraceMs\x12\x17\n" +
-	"\aidle_ms\x18\r \x01(\x04R\x06idleMs\"D\n" +
+	" \x01(\x04R\agraceMs\x12\x14\n" +
+	"\x05stdin\x18\v \x01(\bR\x05stdin\x12:\n" +
+	"\bterminal\x18\f \x01(\v2\x1e.harvest.guest.v1.TerminalSizeR\bterminal\x12\x17\n" +
+	"\aidle_ms\x18\r \x01(\x04R\x06idleMs\"<\n" +
+	"\fTerminalSize\x12\x12\n" +
+	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
+	"\acolumns\x18\x02 \x01(\rR\acolumns\"D\n" +
 	"\rStartResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12!\n" +
 	"\fstart_micros\x18\x02 \x01(\x04R\vstartMicros\"\xad\x01\n" +
@@ -1953,7 +2553,31 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\vStopRequest\x12\x1c\n" +
 	"\texecution\x18\x01 \x01(\tR\texecution\x12\x19\n" +
 	"\bgrace_ms\x18\x02 \x01(\x04R\agraceMs\"\x0e\n" +
-	"\fStopResponse\"\xf9\x03\n" +
+	"\fStopResponse\"\x83\x01\n" +
+	"\fWriteRequest\x12\x1c\n" +
+	"\texecution\x18\x01 \x01(\tR\texecution\x12\x1b\n" +
+	"\x06offset\x18\x02 \x01(\x04H\x00R\x06offset\x88\x01\x01\x12\x14\n" +
+	"\x05close\x18\x03 \x01(\bR\x05close\x12\x17\n" +
+	"\await_ms\x18\x04 \x01(\rR\x06waitMsB\t\n" +
+	"\a_offset\"R\n" +
+	"\rWriteResponse\x12)\n" +
+	"\x10committed_offset\x18\x01 \x01(\x04R\x0fcommittedOffset\x12\x16\n" +
+	"\x06closed\x18\x02 \x01(\bR\x06closed\"a\n" +
+	"\rResizeRequest\x12\x1c\n" +
+	"\texecution\x18\x01 \x01(\tR\texecution\x122\n" +
+	"\x04size\x18\x02 \x01(\v2\x1e.harvest.guest.v1.TerminalSizeR\x04size\"\x10\n" +
+	"\x0eResizeResponse\"\xd6\x01\n" +
+	"\rSignalRequest\x12\x1c\n" +
+	"\texecution\x18\x01 \x01(\tR\texecution\x12\x16\n" +
+	"\x06signal\x18\x02 \x01(\rR\x06signal\x12;\n" +
+	"\x05scope\x18\x03 \x01(\x0e2%.harvest.guest.v1.SignalRequest.ScopeR\x05scope\"R\n" +
+	"\x05Scope\x12\x15\n" +
+	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rSCOPE_PROCESS\x10\x01\x12\x0f\n" +
+	"\vSCOPE_GROUP\x10\x02\x12\x0e\n" +
+	"\n" +
+	"SCOPE_TREE\x10\x03\"\x10\n" +
+	"\x0eSignalResponse\"\xf9\x03\n" +
 	"\x04Exit\x12\x14\n" +
 	"\x04code\x18\x01 \x01(\x05H\x00R\x04code\x12\x18\n" +
 	"\x06signal\x18\x02 \x01(\x05H\x00R\x06signal\x12\x1f\n" +
@@ -2041,59 +2665,76 @@ func file_harvest_guest_v1_guest_proto_rawDescGZIP() []byte {
 	return file_harvest_guest_v1_guest_proto_rawDescData
 }
 
-var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_harvest_guest_v1_guest_proto_goTypes = []any{
-	(Stream)(0),             // 0: harvest.guest.v1.Stream
-	(ReadMode)(0),           // 1: harvest.guest.v1.ReadMode
-	(StopCause)(0),          // 2: harvest.guest.v1.StopCause
-	(Error_Kind)(0),         // 3: harvest.guest.v1.Error.Kind
-	(*Request)(nil),         // 4: harvest.guest.v1.Request
-	(*Response)(nil),        // 5: harvest.guest.v1.Response
-	(*Error)(nil),           // 6: harvest.guest.v1.Error
-	(*StartRequest)(nil),    // 7: harvest.guest.v1.StartRequest
-	(*StartResponse)(nil),   // 8: harvest.guest.v1.StartResponse
-	(*ReadRequest)(nil),     // 9: harvest.guest.v1.ReadRequest
-	(*ReadResponse)(nil),    // 10: harvest.guest.v1.ReadResponse
-	(*Chunk)(nil),           // 11: harvest.guest.v1.Chunk
-	(*StopRequest)(nil),     // 12: harvest.guest.v1.StopRequest
-	(*StopResponse)(nil),    // 13: harvest.guest.v1.StopResponse
-	(*Exit)(nil),            // 14: harvest.guest.v1.Exit
-	(*ReleaseRequest)(nil),  // 15: harvest.guest.v1.ReleaseRequest
-	(*ReleaseResponse)(nil), // 16: harvest.guest.v1.ReleaseResponse
-	(*InfoRequest)(nil),     // 17: harvest.guest.v1.InfoRequest
-	(*InfoResponse)(nil),    // 18: harvest.guest.v1.InfoResponse
-	(*Setup)(nil),           // 19: harvest.guest.v1.Setup
-	(*Overlay)(nil),         // 20: harvest.guest.v1.Overlay
-	(*Layer)(nil),           // 21: harvest.guest.v1.Layer
-	(*SetupResult)(nil),     // 22: harvest.guest.v1.SetupResult
+	(Stream)(0),              // 0: harvest.guest.v1.Stream
+	(ReadMode)(0),            // 1: harvest.guest.v1.ReadMode
+	(StopCause)(0),           // 2: harvest.guest.v1.StopCause
+	(Error_Kind)(0),          // 3: harvest.guest.v1.Error.Kind
+	(SignalRequest_Scope)(0), // 4: harvest.guest.v1.SignalRequest.Scope
+	(*Request)(nil),          // 5: harvest.guest.v1.Request
+	(*Response)(nil),         // 6: harvest.guest.v1.Response
+	(*Error)(nil),            // 7: harvest.guest.v1.Error
+	(*StartRequest)(nil),     // 8: harvest.guest.v1.StartRequest
+	(*TerminalSize)(nil),     // 9: harvest.guest.v1.TerminalSize
+	(*StartResponse)(nil),    // 10: harvest.guest.v1.StartResponse
+	(*ReadRequest)(nil),      // 11: harvest.guest.v1.ReadRequest
+	(*ReadResponse)(nil),     // 12: harvest.guest.v1.ReadResponse
+	(*Chunk)(nil),            // 13: harvest.guest.v1.Chunk
+	(*StopRequest)(nil),      // 14: harvest.guest.v1.StopRequest
+	(*StopResponse)(nil),     // 15: harvest.guest.v1.StopResponse
+	(*WriteRequest)(nil),     // 16: harvest.guest.v1.WriteRequest
+	(*WriteResponse)(nil),    // 17: harvest.guest.v1.WriteResponse
+	(*ResizeRequest)(nil),    // 18: harvest.guest.v1.ResizeRequest
+	(*ResizeResponse)(nil),   // 19: harvest.guest.v1.ResizeResponse
+	(*SignalRequest)(nil),    // 20: harvest.guest.v1.SignalRequest
+	(*SignalResponse)(nil),   // 21: harvest.guest.v1.SignalResponse
+	(*Exit)(nil),             // 22: harvest.guest.v1.Exit
+	(*ReleaseRequest)(nil),   // 23: harvest.guest.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),  // 24: harvest.guest.v1.ReleaseResponse
+	(*InfoRequest)(nil),      // 25: harvest.guest.v1.InfoRequest
+	(*InfoResponse)(nil),     // 26: harvest.guest.v1.InfoResponse
+	(*Setup)(nil),            // 27: harvest.guest.v1.Setup
+	(*Overlay)(nil),          // 28: harvest.guest.v1.Overlay
+	(*Layer)(nil),            // 29: harvest.guest.v1.Layer
+	(*SetupResult)(nil),      // 30: harvest.guest.v1.SetupResult
 }
 var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
-	7,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
-	9,  // 1: harvest.guest.v1.Request.read:type_name -> harvest.guest.v1.ReadRequest
-	12, // 2: harvest.guest.v1.Request.stop:type_name -> harvest.guest.v1.StopRequest
-	15, // 3: harvest.guest.v1.Request.release:type_name -> harvest.guest.v1.ReleaseRequest
-	17, // 4: harvest.guest.v1.Request.info:type_name -> harvest.guest.v1.InfoRequest
-	6,  // 5: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
-	8,  // 6: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
-	10, // 7: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
-	13, // 8: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
-	16, // 9: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
-	18, // 10: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
-	3,  // 11: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
-	1,  // 12: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
-	11, // 13: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
-	14, // 14: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
-	0,  // 15: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
-	2,  // 16: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
-	20, // 17: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
-	21, // 18: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
-	21, // 19: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
-	20, // [20:20] is the sub-list for method output_type
-	20, // [20:20] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	8,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
+	11, // 1: harvest.guest.v1.Request.read:type_name -> harvest.guest.v1.ReadRequest
+	14, // 2: harvest.guest.v1.Request.stop:type_name -> harvest.guest.v1.StopRequest
+	23, // 3: harvest.guest.v1.Request.release:type_name -> harvest.guest.v1.ReleaseRequest
+	25, // 4: harvest.guest.v1.Request.info:type_name -> harvest.guest.v1.InfoRequest
+	16, // 5: harvest.guest.v1.Request.write:type_name -> harvest.guest.v1.WriteRequest
+	18, // 6: harvest.guest.v1.Request.resize:type_name -> harvest.guest.v1.ResizeRequest
+	20, // 7: harvest.guest.v1.Request.signal:type_name -> harvest.guest.v1.SignalRequest
+	7,  // 8: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
+	10, // 9: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
+	12, // 10: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
+	15, // 11: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
+	24, // 12: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
+	26, // 13: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
+	17, // 14: harvest.guest.v1.Response.write:type_name -> harvest.guest.v1.WriteResponse
+	19, // 15: harvest.guest.v1.Response.resize:type_name -> harvest.guest.v1.ResizeResponse
+	21, // 16: harvest.guest.v1.Response.signal:type_name -> harvest.guest.v1.SignalResponse
+	3,  // 17: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
+	9,  // 18: harvest.guest.v1.StartRequest.terminal:type_name -> harvest.guest.v1.TerminalSize
+	1,  // 19: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
+	13, // 20: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
+	22, // 21: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
+	0,  // 22: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
+	9,  // 23: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
+	4,  // 24: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
+	2,  // 25: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
+	28, // 26: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
+	29, // 27: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
+	29, // 28: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_harvest_guest_v1_guest_proto_init() }
@@ -2107,6 +2748,9 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Request_Stop)(nil),
 		(*Request_Release)(nil),
 		(*Request_Info)(nil),
+		(*Request_Write)(nil),
+		(*Request_Resize)(nil),
+		(*Request_Signal)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[1].OneofWrappers = []any{
 		(*Response_Error)(nil),
@@ -2115,13 +2759,18 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Response_Stop)(nil),
 		(*Response_Release)(nil),
 		(*Response_Info)(nil),
+		(*Response_Write)(nil),
+		(*Response_Resize)(nil),
+		(*Response_Signal)(nil),
 	}
-	file_harvest_guest_v1_guest_proto_msgTypes[10].OneofWrappers = []any{
+	file_harvest_guest_v1_guest_proto_msgTypes[2].OneofWrappers = []any{}
+	file_harvest_guest_v1_guest_proto_msgTypes[11].OneofWrappers = []any{}
+	file_harvest_guest_v1_guest_proto_msgTypes[17].OneofWrappers = []any{
 		(*Exit_Code)(nil),
 		(*Exit_Signal)(nil),
 	}
-	file_harvest_guest_v1_guest_proto_msgTypes[15].OneofWrappers = []any{}
-	file_harvest_guest_v1_guest_proto_msgTypes[17].OneofWrappers = []any{
+	file_harvest_guest_v1_guest_proto_msgTypes[22].OneofWrappers = []any{}
+	file_harvest_guest_v1_guest_proto_msgTypes[24].OneofWrappers = []any{
 		(*Layer_MountFd)(nil),
 		(*Layer_Path)(nil),
 	}
@@ -2130,8 +2779,8 @@ func file_harvest_guest_v1_guest_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_guest_v1_guest_proto_rawDesc), len(file_harvest_guest_v1_guest_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   19,
+			NumEnums:      5,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
