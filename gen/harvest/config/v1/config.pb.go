@@ -86,6 +86,63 @@ func (OnStop) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{0}
 }
 
+// Mode is a kind of access; each includes those before it.
+type Network_Mode int32
+
+const (
+	// Not set; refused.
+	Network_MODE_UNSPECIFIED Network_Mode = 0
+	// A loopback interface of the sandbox's own, nothing else.
+	Network_MODE_NONE Network_Mode = 1
+	// What rules name, through a proxy on that loopback.
+	Network_MODE_EGRESS Network_Mode = 2
+	// The network of the host as it is.
+	Network_MODE_HOST Network_Mode = 3
+)
+
+// Enum value maps for Network_Mode.
+var (
+	Network_Mode_name = map[int32]string{
+		0: "MODE_UNSPECIFIED",
+		1: "MODE_NONE",
+		2: "MODE_EGRESS",
+		3: "MODE_HOST",
+	}
+	Network_Mode_value = map[string]int32{
+		"MODE_UNSPECIFIED": 0,
+		"MODE_NONE":        1,
+		"MODE_EGRESS":      2,
+		"MODE_HOST":        3,
+	}
+)
+
+func (x Network_Mode) Enum() *Network_Mode {
+	p := new(Network_Mode)
+	*p = x
+	return p
+}
+
+func (x Network_Mode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Network_Mode) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_config_v1_config_proto_enumTypes[1].Descriptor()
+}
+
+func (Network_Mode) Type() protoreflect.EnumType {
+	return &file_harvest_config_v1_config_proto_enumTypes[1]
+}
+
+func (x Network_Mode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Network_Mode.Descriptor instead.
+func (Network_Mode) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 0}
+}
+
 // Level is how important a line must be.
 type Log_Level int32
 
@@ -131,11 +188,11 @@ func (x Log_Level) String() string {
 }
 
 func (Log_Level) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_config_v1_config_proto_enumTypes[1].Descriptor()
+	return file_harvest_config_v1_config_proto_enumTypes[2].Descriptor()
 }
 
 func (Log_Level) Type() protoreflect.EnumType {
-	return &file_harvest_config_v1_config_proto_enumTypes[1]
+	return &file_harvest_config_v1_config_proto_enumTypes[2]
 }
 
 func (x Log_Level) Number() protoreflect.EnumNumber {
@@ -144,7 +201,7 @@ func (x Log_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Level.Descriptor instead.
 func (Log_Level) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 0}
 }
 
 // Format is what a line looks like.
@@ -184,11 +241,11 @@ func (x Log_Format) String() string {
 }
 
 func (Log_Format) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_config_v1_config_proto_enumTypes[2].Descriptor()
+	return file_harvest_config_v1_config_proto_enumTypes[3].Descriptor()
 }
 
 func (Log_Format) Type() protoreflect.EnumType {
-	return &file_harvest_config_v1_config_proto_enumTypes[2]
+	return &file_harvest_config_v1_config_proto_enumTypes[3]
 }
 
 func (x Log_Format) Number() protoreflect.EnumNumber {
@@ -197,7 +254,7 @@ func (x Log_Format) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Format.Descriptor instead.
 func (Log_Format) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 1}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 1}
 }
 
 // Help is what a person who sets a field is told about it.
@@ -284,6 +341,8 @@ type Config struct {
 	Reflection bool `protobuf:"varint,8,opt,name=reflection,proto3" json:"reflection,omitempty"`
 	// The local engine, which makes sandboxes on this host.
 	Local *Local `protobuf:"bytes,9,opt,name=local,proto3" json:"local,omitempty"`
+	// What sandboxes may reach.
+	Network *Network `protobuf:"bytes,12,opt,name=network,proto3" json:"network,omitempty"`
 	// How much may run at a time.
 	Admission *Admission `protobuf:"bytes,13,opt,name=admission,proto3" json:"admission,omitempty"`
 	// Sandboxes that are kept ready.
@@ -387,6 +446,13 @@ func (x *Config) GetLocal() *Local {
 	return nil
 }
 
+func (x *Config) GetNetwork() *Network {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 func (x *Config) GetAdmission() *Admission {
 	if x != nil {
 		return x.Admission
@@ -408,6 +474,96 @@ func (x *Config) GetRetention() *Retention {
 	return nil
 }
 
+// Network says what sandboxes may reach over the network.
+type Network struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What a sandbox gets that is asked for without a policy; not more than max_mode.
+	// Default none.
+	DefaultMode Network_Mode `protobuf:"varint,1,opt,name=default_mode,json=defaultMode,proto3,enum=harvest.config.v1.Network_Mode" json:"default_mode,omitempty"`
+	// The rules of the default policy, for default_mode egress and only for it: each
+	// HOST or HOST:PORT,PORT…, where HOST is a name, *.name, an IP address (of version 6
+	// in brackets if ports follow) or a CIDR range, at most 256. In a variable they are
+	// separated by blanks; a flag is given once for each. Default none.
+	DefaultAllow []string `protobuf:"bytes,2,rep,name=default_allow,json=defaultAllow,proto3" json:"default_allow,omitempty"`
+	// The most that a request can ask for. host hands out the host's network, its
+	// loopback included: for development only. Default egress.
+	MaxMode Network_Mode `protobuf:"varint,3,opt,name=max_mode,json=maxMode,proto3,enum=harvest.config.v1.Network_Mode" json:"max_mode,omitempty"`
+	// Ranges of addresses that egress never reaches, whatever the rules say, at most
+	// 256: CIDR. In a variable they are separated by blanks. Default none; private and
+	// special addresses are refused by themselves unless a rule names them.
+	DeniedCidrs []string `protobuf:"bytes,4,rep,name=denied_cidrs,json=deniedCidrs,proto3" json:"denied_cidrs,omitempty"`
+	// The DNS server that resolves names for egress, as IP or IP:PORT. Default empty:
+	// as the host resolves them.
+	Nameserver    string `protobuf:"bytes,5,opt,name=nameserver,proto3" json:"nameserver,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Network) Reset() {
+	*x = Network{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Network) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Network) ProtoMessage() {}
+
+func (x *Network) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Network.ProtoReflect.Descriptor instead.
+func (*Network) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Network) GetDefaultMode() Network_Mode {
+	if x != nil {
+		return x.DefaultMode
+	}
+	return Network_MODE_UNSPECIFIED
+}
+
+func (x *Network) GetDefaultAllow() []string {
+	if x != nil {
+		return x.DefaultAllow
+	}
+	return nil
+}
+
+func (x *Network) GetMaxMode() Network_Mode {
+	if x != nil {
+		return x.MaxMode
+	}
+	return Network_MODE_UNSPECIFIED
+}
+
+func (x *Network) GetDeniedCidrs() []string {
+	if x != nil {
+		return x.DeniedCidrs
+	}
+	return nil
+}
+
+func (x *Network) GetNameserver() string {
+	if x != nil {
+		return x.Nameserver
+	}
+	return ""
+}
+
 // Log says what is logged. The log goes to standard error.
 type Log struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -421,7 +577,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -433,7 +589,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -446,7 +602,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Log) GetLevel() Log_Level {
@@ -482,7 +638,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -494,7 +650,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -507,7 +663,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Limits) GetMemoryBytes() int64 {
@@ -546,7 +702,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +714,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +727,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Output) GetDefaultRetainedBytes() int64 {
@@ -612,7 +768,7 @@ type Local struct {
 
 func (x *Local) Reset() {
 	*x = Local{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +780,7 @@ func (x *Local) String() string {
 func (*Local) ProtoMessage() {}
 
 func (x *Local) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +793,7 @@ func (x *Local) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Local.ProtoReflect.Descriptor instead.
 func (*Local) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Local) GetUidBase() uint32 {
@@ -690,7 +846,7 @@ type Admission struct {
 
 func (x *Admission) Reset() {
 	*x = Admission{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -702,7 +858,7 @@ func (x *Admission) String() string {
 func (*Admission) ProtoMessage() {}
 
 func (x *Admission) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -715,7 +871,7 @@ func (x *Admission) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Admission.ProtoReflect.Descriptor instead.
 func (*Admission) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Admission) GetMaxRunning() uint32 {
@@ -763,7 +919,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -775,7 +931,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -788,7 +944,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Pool) GetSize() uint32 {
@@ -827,7 +983,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -839,7 +995,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -852,7 +1008,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Retention) GetMaxAge() *durationpb.Duration {
@@ -902,7 +1058,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x1eharvest/config/v1/config.proto\x12\x11harvest.config.v1\x1a\x1bbuf/validate/validate.proto\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"6\n" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
-	"\adefault\x18\x02 \x01(\tR\adefault\"\xb3\a\n" +
+	"\adefault\x18\x02 \x01(\tR\adefault\"\xe9\a\n" +
 	"\x06Config\x12b\n" +
 	"\x06listen\x18\x01 \x01(\tBJ\xbaH\x04r\x02 \x01\x8a\xb5\x18?\n" +
 	"-loopback HOST:PORT or unix:/PATH to listen on\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -919,10 +1075,29 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"reflection\x18\b \x01(\bB:\x8a\xb5\x186\n" +
 	".answer gRPC server reflection; =false does not\x12\x04trueR\n" +
 	"reflection\x12.\n" +
-	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\x12:\n" +
+	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\x124\n" +
+	"\anetwork\x18\f \x01(\v2\x1a.harvest.config.v1.NetworkR\anetwork\x12:\n" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
 	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
-	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\"\x9a\x03\n" +
+	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\"\xe1\x05\n" +
+	"\aNetwork\x12\x91\x01\n" +
+	"\fdefault_mode\x18\x01 \x01(\x0e2\x1f.harvest.config.v1.Network.ModeBM\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18?\n" +
+	"7network of a sandbox that is asked for without a policy\x12\x04noneR\vdefaultMode\x12u\n" +
+	"\rdefault_allow\x18\x02 \x03(\tBP\xbaH\b\x92\x01\x05\x10\x80\x02\x18\x01\x8a\xb5\x18A\n" +
+	"?HOST[:PORT,...] that the default policy allows; may be repeatedR\fdefaultAllow\x12{\n" +
+	"\bmax_mode\x18\x03 \x01(\x0e2\x1f.harvest.config.v1.Network.ModeB?\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x181\n" +
+	"'most network that a request can ask for\x12\x06egressR\amaxMode\x12\x81\x01\n" +
+	"\fdenied_cidrs\x18\x04 \x03(\tB^\xbaH\b\x92\x01\x05\x10\x80\x02\x18\x01\x8a\xb5\x18O\n" +
+	"MCIDR range that egress never reaches, whatever the rules say; may be repeatedR\vdeniedCidrs\x12}\n" +
+	"\n" +
+	"nameserver\x18\x05 \x01(\tB]\xbaH\x04r\x02(@\x8a\xb5\x18R\n" +
+	"PIP[:PORT] of the DNS server that resolves names for egress; empty for the host'sR\n" +
+	"nameserver\"K\n" +
+	"\x04Mode\x12\x14\n" +
+	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tMODE_NONE\x10\x01\x12\x0f\n" +
+	"\vMODE_EGRESS\x10\x02\x12\r\n" +
+	"\tMODE_HOST\x10\x03\"\x9a\x03\n" +
 	"\x03Log\x12\x80\x01\n" +
 	"\x05level\x18\x01 \x01(\x0e2\x1c.harvest.config.v1.Log.LevelBL\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18>\n" +
 	"6least level that is logged: debug, info, warn or error\x12\x04infoR\x05level\x12j\n" +
@@ -1010,46 +1185,51 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 	return file_harvest_config_v1_config_proto_rawDescData
 }
 
-var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
-	(Log_Level)(0),                    // 1: harvest.config.v1.Log.Level
-	(Log_Format)(0),                   // 2: harvest.config.v1.Log.Format
-	(*Help)(nil),                      // 3: harvest.config.v1.Help
-	(*Config)(nil),                    // 4: harvest.config.v1.Config
-	(*Log)(nil),                       // 5: harvest.config.v1.Log
-	(*Limits)(nil),                    // 6: harvest.config.v1.Limits
-	(*Output)(nil),                    // 7: harvest.config.v1.Output
-	(*Local)(nil),                     // 8: harvest.config.v1.Local
-	(*Admission)(nil),                 // 9: harvest.config.v1.Admission
-	(*Pool)(nil),                      // 10: harvest.config.v1.Pool
-	(*Retention)(nil),                 // 11: harvest.config.v1.Retention
-	(*durationpb.Duration)(nil),       // 12: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 13: google.protobuf.FieldOptions
+	(Network_Mode)(0),                 // 1: harvest.config.v1.Network.Mode
+	(Log_Level)(0),                    // 2: harvest.config.v1.Log.Level
+	(Log_Format)(0),                   // 3: harvest.config.v1.Log.Format
+	(*Help)(nil),                      // 4: harvest.config.v1.Help
+	(*Config)(nil),                    // 5: harvest.config.v1.Config
+	(*Network)(nil),                   // 6: harvest.config.v1.Network
+	(*Log)(nil),                       // 7: harvest.config.v1.Log
+	(*Limits)(nil),                    // 8: harvest.config.v1.Limits
+	(*Output)(nil),                    // 9: harvest.config.v1.Output
+	(*Local)(nil),                     // 10: harvest.config.v1.Local
+	(*Admission)(nil),                 // 11: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 12: harvest.config.v1.Pool
+	(*Retention)(nil),                 // 13: harvest.config.v1.Retention
+	(*durationpb.Duration)(nil),       // 14: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 15: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	12, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	14, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
-	5,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
-	6,  // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
-	7,  // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
-	8,  // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	9,  // 6: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
-	10, // 7: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	11, // 8: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
-	1,  // 9: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	2,  // 10: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	12, // 11: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	12, // 12: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	12, // 13: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
-	13, // 14: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	3,  // 15: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	15, // [15:16] is the sub-list for extension type_name
-	14, // [14:15] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	7,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
+	8,  // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
+	9,  // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
+	10, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
+	6,  // 6: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
+	11, // 7: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	12, // 8: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	13, // 9: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	1,  // 10: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
+	1,  // 11: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
+	2,  // 12: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	3,  // 13: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	14, // 14: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	14, // 15: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	14, // 16: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	15, // 17: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	4,  // 18: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	19, // [19:19] is the sub-list for method output_type
+	19, // [19:19] is the sub-list for method input_type
+	18, // [18:19] is the sub-list for extension type_name
+	17, // [17:18] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -1062,8 +1242,8 @@ func file_harvest_config_v1_config_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   9,
+			NumEnums:      4,
+			NumMessages:   10,
 			NumExtensions: 1,
 			NumServices:   0,
 		},

@@ -54,7 +54,12 @@ type ExecuteRequest struct {
 	// REQUEST_ID_REUSED. What was refused is not remembered.
 	RequestId string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// What happens when nobody watches any more.
-	DetachPolicy  *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	DetachPolicy *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	// What the fresh sandbox may reach; the server's default if absent. Not with a
+	// parent: a session's sandbox has its own policy (INVALID_ARGUMENT, reason
+	// NETWORK_WITH_PARENT). FAILED_PRECONDITION with reason NETWORK_NOT_ALLOWED for more
+	// than the operator allows, NETWORK_NOT_AVAILABLE for what the engine cannot do.
+	Network       *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -145,6 +150,13 @@ func (x *ExecuteRequest) GetDetachPolicy() *DetachPolicy {
 	return nil
 }
 
+func (x *ExecuteRequest) GetNetwork() *NetworkPolicy {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 // ExecuteResponse is one event.
 type ExecuteResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -207,7 +219,9 @@ type StartExecutionRequest struct {
 	// As in ExecuteRequest; a repeat is answered with the same execution as it is now.
 	RequestId string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// What happens when nobody watches. With MODE_CANCEL the grace begins at once.
-	DetachPolicy  *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	DetachPolicy *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	// As in ExecuteRequest.
+	Network       *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -287,6 +301,13 @@ func (x *StartExecutionRequest) GetRequestId() string {
 func (x *StartExecutionRequest) GetDetachPolicy() *DetachPolicy {
 	if x != nil {
 		return x.DetachPolicy
+	}
+	return nil
+}
+
+func (x *StartExecutionRequest) GetNetwork() *NetworkPolicy {
+	if x != nil {
+		return x.Network
 	}
 	return nil
 }
@@ -1161,7 +1182,7 @@ var File_harvest_executor_v1_executor_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
-	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\"\x86\x06\n" +
+	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\x1a!harvest/executor/v1/network.proto\"\xc4\x06\n" +
 	"\x0eExecuteRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1172,12 +1193,13 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\x12heartbeat_interval\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x03\b\xac\x022\x02\b\x01R\x11heartbeatInterval\x12<\n" +
 	"\n" +
 	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12F\n" +
-	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x1a9\n" +
+	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12<\n" +
+	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
 	"\x0fExecuteResponse\x120\n" +
-	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xb9\x05\n" +
+	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xf7\x05\n" +
 	"\x15StartExecutionRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1187,7 +1209,8 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\x06labels\x18\x05 \x03(\v26.harvest.executor.v1.StartExecutionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x12<\n" +
 	"\n" +
 	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12F\n" +
-	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x1a9\n" +
+	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12<\n" +
+	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
@@ -1299,11 +1322,12 @@ var file_harvest_executor_v1_executor_service_proto_goTypes = []any{
 	(*OutputPolicy)(nil),            // 22: harvest.executor.v1.OutputPolicy
 	(*durationpb.Duration)(nil),     // 23: google.protobuf.Duration
 	(*DetachPolicy)(nil),            // 24: harvest.executor.v1.DetachPolicy
-	(*Event)(nil),                   // 25: harvest.executor.v1.Event
-	(*Execution)(nil),               // 26: harvest.executor.v1.Execution
-	(*Cursor)(nil),                  // 27: harvest.executor.v1.Cursor
-	(Stream)(0),                     // 28: harvest.executor.v1.Stream
-	(*fieldmaskpb.FieldMask)(nil),   // 29: google.protobuf.FieldMask
+	(*NetworkPolicy)(nil),           // 25: harvest.executor.v1.NetworkPolicy
+	(*Event)(nil),                   // 26: harvest.executor.v1.Event
+	(*Execution)(nil),               // 27: harvest.executor.v1.Execution
+	(*Cursor)(nil),                  // 28: harvest.executor.v1.Cursor
+	(Stream)(0),                     // 29: harvest.executor.v1.Stream
+	(*fieldmaskpb.FieldMask)(nil),   // 30: google.protobuf.FieldMask
 }
 var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	20, // 0: harvest.executor.v1.ExecuteRequest.command:type_name -> harvest.executor.v1.Command
@@ -1312,48 +1336,50 @@ var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	18, // 3: harvest.executor.v1.ExecuteRequest.labels:type_name -> harvest.executor.v1.ExecuteRequest.LabelsEntry
 	23, // 4: harvest.executor.v1.ExecuteRequest.heartbeat_interval:type_name -> google.protobuf.Duration
 	24, // 5: harvest.executor.v1.ExecuteRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	25, // 6: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
-	20, // 7: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
-	21, // 8: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
-	22, // 9: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
-	19, // 10: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
-	24, // 11: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	26, // 12: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	27, // 13: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
-	23, // 14: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
-	25, // 15: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
-	28, // 16: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
-	23, // 17: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
-	26, // 18: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	29, // 19: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
-	26, // 20: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	29, // 21: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
-	26, // 22: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
-	23, // 23: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
-	26, // 24: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	0,  // 25: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
-	2,  // 26: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
-	4,  // 27: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
-	6,  // 28: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
-	8,  // 29: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
-	10, // 30: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
-	12, // 31: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
-	14, // 32: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
-	16, // 33: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
-	1,  // 34: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
-	3,  // 35: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
-	5,  // 36: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
-	7,  // 37: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
-	9,  // 38: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
-	11, // 39: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
-	13, // 40: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
-	15, // 41: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
-	17, // 42: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
-	34, // [34:43] is the sub-list for method output_type
-	25, // [25:34] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	25, // 6: harvest.executor.v1.ExecuteRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
+	26, // 7: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
+	20, // 8: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
+	21, // 9: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
+	22, // 10: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
+	19, // 11: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
+	24, // 12: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
+	25, // 13: harvest.executor.v1.StartExecutionRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
+	27, // 14: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	28, // 15: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
+	23, // 16: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
+	26, // 17: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
+	29, // 18: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
+	23, // 19: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
+	27, // 20: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	30, // 21: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	27, // 22: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	30, // 23: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	27, // 24: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
+	23, // 25: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
+	27, // 26: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	0,  // 27: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
+	2,  // 28: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
+	4,  // 29: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
+	6,  // 30: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
+	8,  // 31: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
+	10, // 32: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
+	12, // 33: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
+	14, // 34: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
+	16, // 35: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
+	1,  // 36: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
+	3,  // 37: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
+	5,  // 38: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
+	7,  // 39: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
+	9,  // 40: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
+	11, // 41: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
+	13, // 42: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
+	15, // 43: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
+	17, // 44: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
+	36, // [36:45] is the sub-list for method output_type
+	27, // [27:36] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_executor_service_proto_init() }
@@ -1364,6 +1390,7 @@ func file_harvest_executor_v1_executor_service_proto_init() {
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_event_proto_init()
 	file_harvest_executor_v1_execution_proto_init()
+	file_harvest_executor_v1_network_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

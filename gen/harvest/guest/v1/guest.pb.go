@@ -290,6 +290,8 @@ type Request struct {
 	//	*Request_Stop
 	//	*Request_Release
 	//	*Request_Info
+	//	*Request_Listen
+	//	*Request_Accept
 	Call          isRequest_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -384,6 +386,24 @@ func (x *Request) GetInfo() *InfoRequest {
 	return nil
 }
 
+func (x *Request) GetListen() *ListenRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Listen); ok {
+			return x.Listen
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetAccept() *AcceptRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Accept); ok {
+			return x.Accept
+		}
+	}
+	return nil
+}
+
 type isRequest_Call interface {
 	isRequest_Call()
 }
@@ -413,6 +433,16 @@ type Request_Info struct {
 	Info *InfoRequest `protobuf:"bytes,6,opt,name=info,proto3,oneof"`
 }
 
+type Request_Listen struct {
+	// Makes a listener on the sandbox's loopback.
+	Listen *ListenRequest `protobuf:"bytes,12,opt,name=listen,proto3,oneof"`
+}
+
+type Request_Accept struct {
+	// Turns this pipe into the next connection to a listener.
+	Accept *AcceptRequest `protobuf:"bytes,13,opt,name=accept,proto3,oneof"`
+}
+
 func (*Request_Start) isRequest_Call() {}
 
 func (*Request_Read) isRequest_Call() {}
@@ -422,6 +452,10 @@ func (*Request_Stop) isRequest_Call() {}
 func (*Request_Release) isRequest_Call() {}
 
 func (*Request_Info) isRequest_Call() {}
+
+func (*Request_Listen) isRequest_Call() {}
+
+func (*Request_Accept) isRequest_Call() {}
 
 // Response is the guest's answer to one request.
 type Response struct {
@@ -438,6 +472,8 @@ type Response struct {
 	//	*Response_Stop
 	//	*Response_Release
 	//	*Response_Info
+	//	*Response_Listen
+	//	*Response_Accept
 	Answer        isResponse_Answer `protobuf_oneof:"answer"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -541,6 +577,24 @@ func (x *Response) GetInfo() *InfoResponse {
 	return nil
 }
 
+func (x *Response) GetListen() *ListenResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Listen); ok {
+			return x.Listen
+		}
+	}
+	return nil
+}
+
+func (x *Response) GetAccept() *AcceptResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Accept); ok {
+			return x.Accept
+		}
+	}
+	return nil
+}
+
 type isResponse_Answer interface {
 	isResponse_Answer()
 }
@@ -575,6 +629,16 @@ type Response_Info struct {
 	Info *InfoResponse `protobuf:"bytes,7,opt,name=info,proto3,oneof"`
 }
 
+type Response_Listen struct {
+	// Answers listen.
+	Listen *ListenResponse `protobuf:"bytes,12,opt,name=listen,proto3,oneof"`
+}
+
+type Response_Accept struct {
+	// Answers accept.
+	Accept *AcceptResponse `protobuf:"bytes,13,opt,name=accept,proto3,oneof"`
+}
+
 func (*Response_Error) isResponse_Answer() {}
 
 func (*Response_Start) isResponse_Answer() {}
@@ -586,6 +650,10 @@ func (*Response_Stop) isResponse_Answer() {}
 func (*Response_Release) isResponse_Answer() {}
 
 func (*Response_Info) isResponse_Answer() {}
+
+func (*Response_Listen) isResponse_Answer() {}
+
+func (*Response_Accept) isResponse_Answer() {}
 
 // Error says why a call was not done.
 type Error struct {
@@ -1529,6 +1597,198 @@ func (x *InfoResponse) GetCommandCgroups() bool {
 	return false
 }
 
+// ListenRequest makes a TCP listener on 127.0.0.1 of the sandbox. A repeat with the
+// name of a listener that there is changes nothing and answers with that one. It
+// lives as long as the guest.
+type ListenRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The listener's name; 1 to 63 characters of a-z, 0-9 and "-". At most 8 listeners.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The port; 0 for any free one.
+	Port          uint32 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListenRequest) Reset() {
+	*x = ListenRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListenRequest) ProtoMessage() {}
+
+func (x *ListenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListenRequest.ProtoReflect.Descriptor instead.
+func (*ListenRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ListenRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListenRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+// ListenResponse says where the listener is.
+type ListenResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The port.
+	Port          uint32 `protobuf:"varint,1,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListenResponse) Reset() {
+	*x = ListenResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListenResponse) ProtoMessage() {}
+
+func (x *ListenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListenResponse.ProtoReflect.Descriptor instead.
+func (*ListenResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ListenResponse) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+// AcceptRequest asks for the next connection to a listener. It must be the only
+// request that its pipe ever carries. When somebody connects, the guest answers, and
+// from then on the pipe is that connection: bytes both ways, without frames, each
+// direction closed by itself. executord sends nothing before the answer. Until then
+// the end of the pipe gives the request up.
+//
+// A connection that nobody asks for within 5 seconds is reset: executord is away.
+type AcceptRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The listener's name; KIND_NOT_FOUND if there is none.
+	Listener      string `protobuf:"bytes,1,opt,name=listener,proto3" json:"listener,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptRequest) Reset() {
+	*x = AcceptRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptRequest) ProtoMessage() {}
+
+func (x *AcceptRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptRequest.ProtoReflect.Descriptor instead.
+func (*AcceptRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *AcceptRequest) GetListener() string {
+	if x != nil {
+		return x.Listener
+	}
+	return ""
+}
+
+// AcceptResponse is the last frame on its pipe.
+type AcceptResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptResponse) Reset() {
+	*x = AcceptResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptResponse) ProtoMessage() {}
+
+func (x *AcceptResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptResponse.ProtoReflect.Descriptor instead.
+func (*AcceptResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{18}
+}
+
 // Setup is the first frame that a guest on the local engine reads, from an
 // inherited socket, before it is process 1 of anything useful: how to build its
 // root file system and how to give up its privileges. File descriptors that it
@@ -1561,14 +1821,17 @@ type Setup struct {
 	HeldFds []uint32 `protobuf:"varint,10,rep,packed,name=held_fds,json=heldFds,proto3" json:"held_fds,omitempty"`
 	// The sandbox's only user and group is root, because the host's user may map no
 	// more. Files of others belong to nobody.
-	SingleUser    bool `protobuf:"varint,11,opt,name=single_user,json=singleUser,proto3" json:"single_user,omitempty"`
+	SingleUser bool `protobuf:"varint,11,opt,name=single_user,json=singleUser,proto3" json:"single_user,omitempty"`
+	// The sandbox has the network of the host instead of one of its own: there is no
+	// loopback interface to bring up.
+	HostNetwork   bool `protobuf:"varint,20,opt,name=host_network,json=hostNetwork,proto3" json:"host_network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Setup) Reset() {
 	*x = Setup{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1843,7 @@ func (x *Setup) String() string {
 func (*Setup) ProtoMessage() {}
 
 func (x *Setup) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[15]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1856,7 @@ func (x *Setup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setup.ProtoReflect.Descriptor instead.
 func (*Setup) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Setup) GetHostname() string {
@@ -1673,6 +1936,13 @@ func (x *Setup) GetSingleUser() bool {
 	return false
 }
 
+func (x *Setup) GetHostNetwork() bool {
+	if x != nil {
+		return x.HostNetwork
+	}
+	return false
+}
+
 // Overlay is one overlay file system of the sandbox's root.
 type Overlay struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1690,7 +1960,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1702,7 +1972,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[16]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1715,7 +1985,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Overlay) GetTarget() string {
@@ -1762,7 +2032,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +2044,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[17]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +2057,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Layer) GetSource() isLayer_Source {
@@ -1844,7 +2114,7 @@ type SetupResult struct {
 
 func (x *SetupResult) Reset() {
 	*x = SetupResult{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1856,7 +2126,7 @@ func (x *SetupResult) String() string {
 func (*SetupResult) ProtoMessage() {}
 
 func (x *SetupResult) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[18]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1869,7 +2139,7 @@ func (x *SetupResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupResult.ProtoReflect.Descriptor instead.
 func (*SetupResult) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SetupResult) GetError() string {
@@ -1883,15 +2153,17 @@ var File_harvest_guest_v1_guest_proto protoreflect.FileDescriptor
 
 const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xb6\x02\n" +
+	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xac\x03\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x126\n" +
 	"\x05start\x18\x02 \x01(\v2\x1e.harvest.guest.v1.StartRequestH\x00R\x05start\x123\n" +
 	"\x04read\x18\x03 \x01(\v2\x1d.harvest.guest.v1.ReadRequestH\x00R\x04read\x123\n" +
 	"\x04stop\x18\x04 \x01(\v2\x1d.harvest.guest.v1.StopRequestH\x00R\x04stop\x12<\n" +
 	"\arelease\x18\x05 \x01(\v2 .harvest.guest.v1.ReleaseRequestH\x00R\arelease\x123\n" +
-	"\x04info\x18\x06 \x01(\v2\x1d.harvest.guest.v1.InfoRequestH\x00R\x04infoB\x06\n" +
-	"\x04call\"\xef\x02\n" +
+	"\x04info\x18\x06 \x01(\v2\x1d.harvest.guest.v1.InfoRequestH\x00R\x04info\x129\n" +
+	"\x06listen\x18\f \x01(\v2\x1f.harvest.guest.v1.ListenRequestH\x00R\x06listen\x129\n" +
+	"\x06accept\x18\r \x01(\v2\x1f.harvest.guest.v1.AcceptRequestH\x00R\x06acceptB\x06\n" +
+	"\x04call\"\xe7\x03\n" +
 	"\bResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12/\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.harvest.guest.v1.ErrorH\x00R\x05error\x127\n" +
@@ -1899,7 +2171,9 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x04read\x18\x04 \x01(\v2\x1e.harvest.guest.v1.ReadResponseH\x00R\x04read\x124\n" +
 	"\x04stop\x18\x05 \x01(\v2\x1e.harvest.guest.v1.StopResponseH\x00R\x04stop\x12=\n" +
 	"\arelease\x18\x06 \x01(\v2!.harvest.guest.v1.ReleaseResponseH\x00R\arelease\x124\n" +
-	"\x04info\x18\a \x01(\v2\x1e.harvest.guest.v1.InfoResponseH\x00R\x04infoB\b\n" +
+	"\x04info\x18\a \x01(\v2\x1e.harvest.guest.v1.InfoResponseH\x00R\x04info\x12:\n" +
+	"\x06listen\x18\f \x01(\v2 .harvest.guest.v1.ListenResponseH\x00R\x06listen\x12:\n" +
+	"\x06accept\x18\r \x01(\v2 .harvest.guest.v1.AcceptResponseH\x00R\x06acceptB\b\n" +
 	"\x06answer\"\x91\x02\n" +
 	"\x05Error\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.harvest.guest.v1.Error.KindR\x04kind\x12\x18\n" +
@@ -1984,7 +2258,15 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"executions\x18\x02 \x03(\tR\n" +
 	"executions\x12'\n" +
-	"\x0fcommand_cgroups\x18\x03 \x01(\bR\x0ecommandCgroups\"\x8a\x03\n" +
+	"\x0fcommand_cgroups\x18\x03 \x01(\bR\x0ecommandCgroups\"7\n" +
+	"\rListenRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"$\n" +
+	"\x0eListenResponse\x12\x12\n" +
+	"\x04port\x18\x01 \x01(\rR\x04port\"+\n" +
+	"\rAcceptRequest\x12\x1a\n" +
+	"\blistener\x18\x01 \x01(\tR\blistener\"\x10\n" +
+	"\x0eAcceptResponse\"\xad\x03\n" +
 	"\x05Setup\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x125\n" +
 	"\boverlays\x18\x02 \x03(\v2\x19.harvest.guest.v1.OverlayR\boverlays\x12\x1b\n" +
@@ -1999,7 +2281,8 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\bheld_fds\x18\n" +
 	" \x03(\rR\aheldFds\x12\x1f\n" +
 	"\vsingle_user\x18\v \x01(\bR\n" +
-	"singleUserB\f\n" +
+	"singleUser\x12!\n" +
+	"\fhost_network\x18\x14 \x01(\bR\vhostNetworkB\f\n" +
 	"\n" +
 	"_cgroup_fd\"\xaa\x01\n" +
 	"\aOverlay\x12\x16\n" +
@@ -2042,7 +2325,7 @@ func file_harvest_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(Stream)(0),             // 0: harvest.guest.v1.Stream
 	(ReadMode)(0),           // 1: harvest.guest.v1.ReadMode
@@ -2063,10 +2346,14 @@ var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(*ReleaseResponse)(nil), // 16: harvest.guest.v1.ReleaseResponse
 	(*InfoRequest)(nil),     // 17: harvest.guest.v1.InfoRequest
 	(*InfoResponse)(nil),    // 18: harvest.guest.v1.InfoResponse
-	(*Setup)(nil),           // 19: harvest.guest.v1.Setup
-	(*Overlay)(nil),         // 20: harvest.guest.v1.Overlay
-	(*Layer)(nil),           // 21: harvest.guest.v1.Layer
-	(*SetupResult)(nil),     // 22: harvest.guest.v1.SetupResult
+	(*ListenRequest)(nil),   // 19: harvest.guest.v1.ListenRequest
+	(*ListenResponse)(nil),  // 20: harvest.guest.v1.ListenResponse
+	(*AcceptRequest)(nil),   // 21: harvest.guest.v1.AcceptRequest
+	(*AcceptResponse)(nil),  // 22: harvest.guest.v1.AcceptResponse
+	(*Setup)(nil),           // 23: harvest.guest.v1.Setup
+	(*Overlay)(nil),         // 24: harvest.guest.v1.Overlay
+	(*Layer)(nil),           // 25: harvest.guest.v1.Layer
+	(*SetupResult)(nil),     // 26: harvest.guest.v1.SetupResult
 }
 var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	7,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
@@ -2074,26 +2361,30 @@ var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	12, // 2: harvest.guest.v1.Request.stop:type_name -> harvest.guest.v1.StopRequest
 	15, // 3: harvest.guest.v1.Request.release:type_name -> harvest.guest.v1.ReleaseRequest
 	17, // 4: harvest.guest.v1.Request.info:type_name -> harvest.guest.v1.InfoRequest
-	6,  // 5: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
-	8,  // 6: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
-	10, // 7: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
-	13, // 8: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
-	16, // 9: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
-	18, // 10: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
-	3,  // 11: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
-	1,  // 12: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
-	11, // 13: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
-	14, // 14: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
-	0,  // 15: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
-	2,  // 16: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
-	20, // 17: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
-	21, // 18: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
-	21, // 19: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
-	20, // [20:20] is the sub-list for method output_type
-	20, // [20:20] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	19, // 5: harvest.guest.v1.Request.listen:type_name -> harvest.guest.v1.ListenRequest
+	21, // 6: harvest.guest.v1.Request.accept:type_name -> harvest.guest.v1.AcceptRequest
+	6,  // 7: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
+	8,  // 8: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
+	10, // 9: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
+	13, // 10: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
+	16, // 11: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
+	18, // 12: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
+	20, // 13: harvest.guest.v1.Response.listen:type_name -> harvest.guest.v1.ListenResponse
+	22, // 14: harvest.guest.v1.Response.accept:type_name -> harvest.guest.v1.AcceptResponse
+	3,  // 15: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
+	1,  // 16: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
+	11, // 17: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
+	14, // 18: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
+	0,  // 19: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
+	2,  // 20: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
+	24, // 21: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
+	25, // 22: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
+	25, // 23: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
+	24, // [24:24] is the sub-list for method output_type
+	24, // [24:24] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_harvest_guest_v1_guest_proto_init() }
@@ -2107,6 +2398,8 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Request_Stop)(nil),
 		(*Request_Release)(nil),
 		(*Request_Info)(nil),
+		(*Request_Listen)(nil),
+		(*Request_Accept)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[1].OneofWrappers = []any{
 		(*Response_Error)(nil),
@@ -2115,13 +2408,15 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Response_Stop)(nil),
 		(*Response_Release)(nil),
 		(*Response_Info)(nil),
+		(*Response_Listen)(nil),
+		(*Response_Accept)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[10].OneofWrappers = []any{
 		(*Exit_Code)(nil),
 		(*Exit_Signal)(nil),
 	}
-	file_harvest_guest_v1_guest_proto_msgTypes[15].OneofWrappers = []any{}
-	file_harvest_guest_v1_guest_proto_msgTypes[17].OneofWrappers = []any{
+	file_harvest_guest_v1_guest_proto_msgTypes[19].OneofWrappers = []any{}
+	file_harvest_guest_v1_guest_proto_msgTypes[21].OneofWrappers = []any{
 		(*Layer_MountFd)(nil),
 		(*Layer_Path)(nil),
 	}
@@ -2131,7 +2426,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_guest_v1_guest_proto_rawDesc), len(file_harvest_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   19,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
