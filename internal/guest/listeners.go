@@ -13,11 +13,11 @@ import (
 
 const (
 	maxListeners = 8
-	// maxWaiting bounds the connections of a listener that executord has not asked for,
-	// and connectionPatience for how long each of them waits: long enough for a restart of
-	// executord that goes well.
-	maxWaiting         = 64
-	connectionPatience = 5 * time.Second
+	// maxWaiting bounds the connections of a listener that executord has not asked for;
+	// further ones stay with the kernel. Each waits for connectionPatience: long enough for
+	// a restart of executord that goes well.
+	maxWaiting         = 256
+	connectionPatience = 3 * time.Second
 	// maxForwarded bounds the pipes of a listener, those that wait for a connection
 	// included.
 	maxForwarded = 1024
@@ -102,8 +102,9 @@ func (l *listener) accept() {
 				defer func() { <-l.waiting }()
 				l.offer(conn)
 			})
-		default:
+		case <-l.ended:
 			reset(conn)
+			return
 		}
 	}
 }

@@ -1706,7 +1706,7 @@ func (x *ListenResponse) GetPort() uint32 {
 // direction closed by itself. executord sends nothing before the answer. Until then
 // the end of the pipe gives the request up.
 //
-// A connection that nobody asks for within 5 seconds is reset: executord is away.
+// A connection that nobody asks for within 3 seconds is reset: executord is away.
 type AcceptRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The listener's name; KIND_NOT_FOUND if there is none.
