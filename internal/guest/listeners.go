@@ -178,11 +178,17 @@ func (l *listener) forward(pipe io.ReadWriteCloser, buffered *bufio.Reader, answ
 	case <-l.ended:
 		return
 	}
-	defer conn.Close()
+	select {
+	case <-seen:
+		l.offer(conn) // to somebody who is still there
+		return
+	default:
+	}
 	if answer() != nil {
-		reset(conn)
+		l.offer(conn)
 		return
 	}
+	defer conn.Close()
 	outward := make(chan error, 1)
 	work.Go(func() {
 		err := errors.Join(ignoreEOF(moveOut(pipe, conn)), closeWrite(pipe))
