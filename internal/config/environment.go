@@ -30,7 +30,7 @@ func (l *loader) readEnvironment(env map[string]string) {
 		}
 		texts := []string{text}
 		if f.descriptor().IsList() {
-			texts = slices.DeleteFunc(strings.Split(text, ":"), func(s string) bool { return s == "" })
+			texts = f.split(text)
 		}
 		l.set(f, "variable "+f.variable(), texts...)
 	}
@@ -39,4 +39,13 @@ func (l *loader) readEnvironment(env map[string]string) {
 			l.errs = append(l.errs, unknown("variable", name, known))
 		}
 	}
+}
+
+// split takes the elements of a list apart: paths stand between colons, as in PATH;
+// hosts and ranges of addresses, which have colons of their own, between blanks.
+func (f field) split(text string) []string {
+	if !strings.HasSuffix(f.name, "_paths") {
+		return strings.Fields(text)
+	}
+	return slices.DeleteFunc(strings.Split(text, ":"), func(s string) bool { return s == "" })
 }

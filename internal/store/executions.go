@@ -16,8 +16,8 @@ import (
 const (
 	insertExecution = `INSERT INTO executions (id, session, command, limits, retained_bytes, labels,
 		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
-		policies, log_bytes, warned, expire_time)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+		policies, log_bytes, warned, expire_time, network)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 
 	// The condition on state keeps a life from going back, whoever writes last.
 	updateExecution = `UPDATE executions SET state = ?1, result = ?2, engine = ?3, sandbox = ?4, limits = ?5,
@@ -26,7 +26,7 @@ const (
 
 	selectExecution = `SELECT id, session, command, limits, retained_bytes, labels,
 		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
-		policies, log_bytes, warned FROM executions `
+		policies, log_bytes, warned, network FROM executions `
 
 	getExecution         = selectExecution + `WHERE id = ?`
 	listExecutions       = selectExecution + `WHERE id < ? ORDER BY id DESC LIMIT ?`
@@ -60,10 +60,14 @@ func (s *Store) insertExecutionWith(ctx context.Context, e execution.Execution, 
 	if err != nil {
 		return fmt.Errorf("insert execution %q: %w", e.ID, err)
 	}
+	network, err := networkColumn(e.Network)
+	if err != nil {
+		return fmt.Errorf("insert execution %q: %w", e.ID, err)
+	}
 	err = insert(ctx, e.ID, e.Session, command, changing.limits, e.RetainedBytes, labels,
 		e.Engine, e.Sandbox, e.State, changing.result, e.Epoch, int64(e.Sequence),
 		e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime),
-		changing.policies, e.LogBytes, e.Warned, expireColumn(e))
+		changing.policies, e.LogBytes, e.Warned, expireColumn(e), network)
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "EXECUTION_EXISTS", "execution %q exists", e.ID)
 	}
@@ -191,14 +195,14 @@ func encodeExecution(e execution.Execution) (executionColumns, error) {
 
 func scanExecution(r row) (execution.Execution, error) {
 	var (
-		e                                         execution.Execution
-		command, limits, labels, result, policies sql.NullString
-		sequence, create                          int64
-		start, end                                sql.NullInt64
+		e                                                  execution.Execution
+		command, limits, labels, result, policies, network sql.NullString
+		sequence, create                                   int64
+		start, end                                         sql.NullInt64
 	)
 	err := r.Scan(&e.ID, &e.Session, &command, &limits, &e.RetainedBytes, &labels,
 		&e.Engine, &e.Sandbox, &e.State, &result, &e.Epoch, &sequence, &create, &start, &end,
-		&policies, &e.LogBytes, &e.Warned)
+		&policies, &e.LogBytes, &e.Warned, &network)
 	if err != nil {
 		return execution.Execution{}, err
 	}
@@ -211,6 +215,7 @@ func scanExecution(r row) (execution.Execution, error) {
 		fromJSON("labels", labels, &e.Labels),
 		fromJSON("result", result, &e.Result),
 		fromJSON("policies", policies, &e.Policies),
+		fromJSON("network", network, &e.Network),
 	)
 	if err != nil {
 		return execution.Execution{}, fmt.Errorf("execution %q: %w", e.ID, err)
