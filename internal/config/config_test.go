@@ -39,6 +39,8 @@ func (in Input) withFile(t testing.TB, content string) Input {
 	return in
 }
 
+func asRootWith(env string, args ...string) Input { return asRoot(args...).withEnv(env) }
+
 func (in Input) withEnv(env ...string) Input {
 	in.Env = append(in.Env, env...)
 	return in
@@ -65,11 +67,12 @@ func defaults() *configv1.Config {
 		Output:       &configv1.Output{DefaultRetainedBytes: 1 << 30, MaxRetainedBytes: 64 << 30},
 		Reflection:   true,
 		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094},
+		Network:      &configv1.Network{DefaultMode: configv1.Network_MODE_NONE, MaxMode: configv1.Network_MODE_EGRESS},
 		Admission: &configv1.Admission{
 			MaxRunning: 256, MaxQueued: 1024, MaxQueueWait: durationpb.New(30 * time.Second), MaxSandboxes: 4000,
 		},
-		Pool: &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
-		Retention:    &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
+		Pool:      &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
+		Retention: &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
 	}
 }
 
@@ -95,6 +98,8 @@ func full() (map[string]string, *configv1.Config) {
 			"output.default_retained_bytes": "2097152", "output.max_retained_bytes": "3MiB",
 			"reflection": "false", "local.uid_base": "131072", "local.uid_count": "7",
 			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
+			"network.default_mode": "egress", "network.default_allow": "a.example", "network.max_mode": "host",
+			"network.denied_cidrs": "10.0.0.0/8", "network.nameserver": "192.0.2.53:5353",
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
 			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
@@ -106,6 +111,8 @@ func full() (map[string]string, *configv1.Config) {
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
 			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
 				ExtraPaths: []string{"/opt/a"}},
+			Network: &configv1.Network{DefaultMode: configv1.Network_MODE_EGRESS, DefaultAllow: []string{"a.example"},
+				MaxMode: configv1.Network_MODE_HOST, DeniedCidrs: []string{"10.0.0.0/8"}, Nameserver: "192.0.2.53:5353"},
 			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
 			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
 			Retention: &configv1.Retention{MaxAge: durationpb.New(0), MaxTotalBytes: 1 << 30, MinFreeBytes: 1<<20 + 1},
@@ -139,6 +146,13 @@ func TestPrecedence(t *testing.T) {
 					}
 				}
 				return
+			}
+			asRoot := asRoot
+			switch f.name { // two that go together
+			case "network.default_mode":
+				asRoot = func(args ...string) Input { return asRootWith("EXECUTORD_NETWORK_DEFAULT_ALLOW=b.example", args...) }
+			case "network.default_allow":
+				asRoot = func(args ...string) Input { return asRootWith("EXECUTORD_NETWORK_DEFAULT_MODE=egress", args...) }
 			}
 			for name, layer := range set(text) {
 				if got := f.get(load(t, layer(asRoot()))); !slices.Equal(got, expected) {
@@ -264,6 +278,21 @@ func TestForms(t *testing.T) {
 	}
 }
 
+// Lists that are no paths stand between blanks in a variable: they have colons themselves.
+func TestListsOfHosts(t *testing.T) {
+	config := load(t, asRoot("--network-denied-cidrs=10.0.0.0/8", "--network-denied-cidrs=fd00::/8").withEnv(
+		"EXECUTORD_NETWORK_DEFAULT_MODE=egress", "EXECUTORD_NETWORK_DEFAULT_ALLOW= a.example:443,80  [::1]:8080 "))
+	n := config.GetNetwork()
+	if !slices.Equal(n.GetDefaultAllow(), []string{"a.example:443,80", "[::1]:8080"}) || !slices.Equal(n.GetDeniedCidrs(), []string{"10.0.0.0/8", "fd00::/8"}) {
+		t.Errorf("%v", n)
+	}
+	for text, want := range map[string]string{"": "", "192.0.2.53": "192.0.2.53:53", "::1": "[::1]:53", "[::1]:5353": "[::1]:5353", "127.0.0.1:1": "127.0.0.1:1"} {
+		if got, err := Nameserver(text); err != nil || got != want {
+			t.Errorf("nameserver %q: %q, %v", text, got, err)
+		}
+	}
+}
+
 // Each bad value is refused in every layer by an error that names the field, the
 // layer and what is wrong.
 func TestBadValues(t *testing.T) {
@@ -336,6 +365,16 @@ func TestBadValues(t *testing.T) {
 		{"local.extra_paths", "opt", "not an absolute path"},
 		{"local.extra_paths", "/", "below /"},
 		{"local.extra_paths", "/opt/", "not an absolute path"},
+		{"network.default_mode", "internet", "none of none, egress, host"},
+		{"network.default_mode", "host", "host is more than network.max_mode, egress"},
+		{"network.default_allow", "a.example", "goes with network.default_mode egress"},
+		{"network.max_mode", "all", "none of none, egress, host"},
+		{"network.denied_cidrs", "10.0.0.1/8", "not a range of addresses"},
+		{"network.denied_cidrs", "10.0.0.1", "not a range of addresses"},
+		{"network.denied_cidrs", "a.example", "not a range of addresses"},
+		{"network.nameserver", "dns.example", "neither IP nor IP:PORT"},
+		{"network.nameserver", "192.0.2.53:0", "neither IP nor IP:PORT"},
+		{"network.nameserver", "'[::1]'", "neither IP nor IP:PORT"},
 		{"admission.max_running", "0", "greater than or equal to 1"},
 		{"admission.max_running", "1000001", "less than or equal to 1000000"},
 		{"admission.max_queued", "1000001", "less than or equal to 1000000"},
@@ -520,7 +559,8 @@ func TestFieldNames(t *testing.T) {
 	}
 	got := slices.Sorted(maps.Keys(flags))
 	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
-		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level", "on-stop",
+		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
+		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
 		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir"}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -557,6 +597,12 @@ local:
   extra_paths:
     - /opt/a b
     - '/opt/ü: #'
+network:
+  default_mode: none
+  default_allow: []
+  max_mode: egress
+  denied_cidrs: []
+  nameserver: ""
 admission:
   max_running: 256
   max_queued: 1024

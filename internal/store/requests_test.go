@@ -213,7 +213,8 @@ func TestLabelsOfOldExecutions(t *testing.T) {
 		"DROP TABLE request_ids", "DROP TABLE execution_labels", "DROP TRIGGER executions_insert_labels",
 		"DROP TRIGGER executions_delete_labels", "DROP INDEX executions_ended", "DROP INDEX executions_expiring",
 		"ALTER TABLE executions DROP COLUMN policies", "ALTER TABLE executions DROP COLUMN log_bytes",
-		"ALTER TABLE executions DROP COLUMN warned", "ALTER TABLE executions DROP COLUMN expire_time", "DELETE FROM goose_db_version WHERE version_id >= 2",
+		"ALTER TABLE executions DROP COLUMN warned", "ALTER TABLE executions DROP COLUMN expire_time",
+		"ALTER TABLE executions DROP COLUMN network", "ALTER TABLE sessions DROP COLUMN network", "DELETE FROM goose_db_version WHERE version_id >= 2",
 	} {
 		if _, err := s.writer.Exec(undo); err != nil {
 			t.Fatalf("%s: %v", undo, err)
