@@ -79,7 +79,7 @@ func (l *listener) accept(ctx context.Context) {
 		select {
 		case l.ready <- c:
 		case <-l.done:
-			c.Close()
+			_ = c.Close()
 		}
 	}
 }
@@ -139,7 +139,7 @@ func (l *listener) Close() error {
 	}
 	l.mu.Unlock()
 	for _, c := range all {
-		c.Close()
+		_ = c.Close()
 	}
 	return nil
 }

@@ -234,7 +234,7 @@ func (p *Proxy) serveConnect(w http.ResponseWriter, r *http.Request) {
 		fail(w, err)
 		return
 	}
-	defer up.Close()
+	defer func() { _ = up.Close() }() // what was sent has been sent
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		fail(w, err)

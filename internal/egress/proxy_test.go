@@ -43,7 +43,7 @@ func TestPlainHTTP(t *testing.T) {
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
-	if err != nil || string(body) != "hello" || resp.StatusCode != 200 {
+	if err != nil || string(body) != "hello" || resp.StatusCode != http.StatusOK {
 		t.Errorf("%d %q %v", resp.StatusCode, body, err)
 	}
 	if resp.Header.Get("X-Hop") != "" || resp.Header.Get("X-Kept") != "yes" {
@@ -372,7 +372,7 @@ func TestKeepAlive(t *testing.T) {
 func TestCloseEndsEverything(t *testing.T) {
 	hanging := make(chan struct{})
 	_, web := site(t, func(w http.ResponseWriter, r *http.Request) {
-		w.WriteHeader(200)
+		w.WriteHeader(http.StatusOK)
 		_ = http.NewResponseController(w).Flush()
 		hanging <- struct{}{}
 		<-r.Context().Done()

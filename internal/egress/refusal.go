@@ -18,9 +18,9 @@ func refuse(reason, format string, args ...any) *refusal {
 	return &refusal{reason: reason, text: fmt.Sprintf(format, args...)}
 }
 
-// allowedBy adds the flag of executorctl that would allow it.
-func (r *refusal) allowedBy(format string, args ...any) *refusal {
-	r.remedy = fmt.Sprintf(format, args...)
+// allowedBy adds the flag of executorctl with the rule that would allow it.
+func (r *refusal) allowedBy(rule string) *refusal {
+	r.remedy = "--allow " + rule
 	return r
 }
 
@@ -53,18 +53,15 @@ func fail(w http.ResponseWriter, err error) {
 	header.Set("Content-Type", "text/plain; charset=utf-8")
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Connection", "close")
-	status, body := http.StatusBadGateway, ""
+	status, body := http.StatusBadGateway, "executord could not reach it: "+err.Error()+".\n"
 	if r, ok := errors.AsType[*refusal](err); ok {
 		status, body = http.StatusForbidden, r.body()
 		if r.reason == badTarget {
 			status = http.StatusBadRequest
 		}
 		header.Set("Executord-Refused", r.reason)
-	} else {
-		if u, ok := errors.AsType[*unreachable](err); ok {
-			status = u.status
-		}
-		body = "executord could not reach it: " + err.Error() + ".\n"
+	} else if u, ok := errors.AsType[*unreachable](err); ok {
+		status = u.status
 	}
 	w.WriteHeader(status)
 	_, _ = w.Write([]byte(body)) // a client that does not read it has left

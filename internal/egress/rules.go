@@ -124,9 +124,9 @@ func (r rules) check(t target) error {
 	}
 	if listed {
 		return refuse(portNotListed, "a rule names %s, but not its port %d", t.name, t.port).
-			allowedBy("--allow %s", allow(t.name, t.port))
+			allowedBy(allow(t.name, t.port))
 	}
-	return refuse(notListed, "no rule names %s", t.name).allowedBy("--allow %s", allow(t.name, t.port))
+	return refuse(notListed, "no rule names %s", t.name).allowedBy(allow(t.name, t.port))
 }
 
 // checkAddr refuses an address: the target itself, or what its name, which a rule
@@ -158,14 +158,14 @@ func (r rules) checkAddr(addr netip.Addr, t target) error {
 	switch {
 	case special && !explicit:
 		return refuse(specialAddress, "%s is %s; it is reached only if a rule names that address and port", describe(addr, t), kindOf(addr)).
-			allowedBy("--allow %s", allow(addr.String(), t.port))
+			allowedBy(allow(addr.String(), t.port))
 	case named || special || t.name != "":
 		return nil
 	case otherPort:
 		return refuse(portNotListed, "a rule names %s, but not its port %d", addr, t.port).
-			allowedBy("--allow %s", allow(addr.String(), t.port))
+			allowedBy(allow(addr.String(), t.port))
 	}
-	return refuse(notListed, "no rule names the address %s", addr).allowedBy("--allow %s", allow(addr.String(), t.port))
+	return refuse(notListed, "no rule names the address %s", addr).allowedBy(allow(addr.String(), t.port))
 }
 
 // allow is the rule for a host and a port.

@@ -80,7 +80,7 @@ func (l *listeners) close() {
 	l.mu.Unlock()
 	for _, one := range all {
 		close(one.ended)
-		one.tcp.Close()
+		_ = one.tcp.Close() // fails only if it is closed already
 		one.work.Wait()
 	}
 }
@@ -125,7 +125,7 @@ func (l *listener) offer(conn *net.TCPConn) {
 
 func reset(conn *net.TCPConn) {
 	_ = conn.SetLinger(0) // without it the client would take the end for a whole answer
-	conn.Close()
+	_ = conn.Close()
 }
 
 // serve makes a pipe the next connection to a listener. Its caller closes the pipe.
@@ -173,13 +173,13 @@ func (l *listener) forward(pipe io.ReadWriteCloser, buffered *bufio.Reader, answ
 	var conn *net.TCPConn
 	select {
 	case conn = <-l.arrived:
-	case <-seen:
+	case <-seen: //nolint:errcheck // an end is an end, whatever caused it
 		return // given up, or somebody who does not know the protocol
 	case <-l.ended:
 		return
 	}
 	select {
-	case <-seen:
+	case <-seen: //nolint:errcheck // an end is an end, whatever caused it
 		l.offer(conn) // to somebody who is still there
 		return
 	default:
@@ -188,7 +188,7 @@ func (l *listener) forward(pipe io.ReadWriteCloser, buffered *bufio.Reader, answ
 		l.offer(conn)
 		return
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }() // what was sent has been sent
 	outward := make(chan error, 1)
 	work.Go(func() {
 		err := errors.Join(ignoreEOF(moveOut(pipe, conn)), closeWrite(pipe))
