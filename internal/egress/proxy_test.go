@@ -314,6 +314,7 @@ func TestUpgrade(t *testing.T) {
 	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols || resp.Header.Get("Upgrade") != "shout" {
 		t.Fatalf("%v, %v", resp, err)
 	}
+	defer resp.Body.Close()
 	fmt.Fprint(conn, "hello\n")
 	if got, err := io.ReadAll(reader); err != nil || string(got) != "HELLO\n" {
 		t.Errorf("%q, %v", got, err)
