@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/session"
@@ -118,6 +119,7 @@ func TestExecutionProto(t *testing.T) {
 		},
 		Limits:        engine.Limits{MemoryBytes: 1, CPUMillis: 2, PIDs: 3},
 		Policies:      execution.Policies{OnLimit: execution.Block, Retention: time.Hour, Detach: execution.CancelDetached, DetachGrace: &grace},
+		Network:       egress.Policy{Mode: engine.NetworkEgress, Rules: []egress.Rule{{Host: "a.example", Ports: []uint16{443}}}},
 		RetainedBytes: 4, Labels: map[string]string{"a": "b"}, Owner: "key:ci", Engine: "local", Sandbox: "box",
 		State: execution.Ended, Epoch: "e", Sequence: 9,
 		CreateTime: at(1), StartTime: at(2), EndTime: at(3),
@@ -139,7 +141,10 @@ func TestExecutionProto(t *testing.T) {
 			Timeout: durationpb.New(time.Minute), GracePeriod: durationpb.New(0), IdleTimeout: durationpb.New(time.Hour),
 		},
 		State: executorv1.Execution_STATE_ENDED, Engine: "local", Sandbox: "box",
-		Limits:       &executorv1.Limits{MemoryBytes: 1, CpuMillis: 2, Pids: 3},
+		Limits: &executorv1.Limits{MemoryBytes: 1, CpuMillis: 2, Pids: 3},
+		Network: &executorv1.NetworkPolicy{
+			Mode: executorv1.NetworkPolicy_MODE_EGRESS, Rules: []*executorv1.EgressRule{{Host: "a.example", Ports: []uint32{443}}},
+		},
 		OutputPolicy: &executorv1.OutputPolicy{RetainedBytes: 4, OnLimit: executorv1.OutputPolicy_ON_LIMIT_BLOCK, Retention: durationpb.New(time.Hour)},
 		DetachPolicy: &executorv1.DetachPolicy{Mode: executorv1.DetachPolicy_MODE_CANCEL, Grace: durationpb.New(0)},
 		Labels:       map[string]string{"a": "b"},
@@ -169,6 +174,7 @@ func TestExecutionProto(t *testing.T) {
 	want = &executorv1.Execution{
 		Name: "executions/e1", State: executorv1.Execution_STATE_STARTING, CreateTime: stamp(1),
 		Command: &executorv1.Command{Args: []string{"true"}}, Limits: &executorv1.Limits{}, OutputPolicy: &executorv1.OutputPolicy{},
+		Network: &executorv1.NetworkPolicy{Mode: executorv1.NetworkPolicy_MODE_NONE},
 	}
 	if diff := cmp.Diff(want, executionProto(least), protocmp.Transform()); diff != "" {
 		t.Errorf("the least one (-want +got):\n%s", diff)
@@ -191,6 +197,7 @@ func TestNoFieldForgotten(t *testing.T) {
 		sessionProto(session.Session{
 			ID: "s", State: session.Terminated, Reason: session.Expired, Detail: "d", Engine: "local", Sandbox: "b",
 			Limits:   engine.Limits{MemoryBytes: 1, CPUMillis: 1, PIDs: 1},
+			Network:  egress.Policy{Mode: engine.NetworkEgress, Rules: []egress.Rule{{Host: "a", Ports: []uint16{1}}}},
 			Lifetime: 1, Labels: map[string]string{"a": "b"}, Owner: "key:ci", CreateTime: at(1), EndTime: at(1),
 		}),
 	}

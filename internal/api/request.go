@@ -19,6 +19,7 @@ type startRequest interface {
 	GetOutputPolicy() *executorv1.OutputPolicy
 	GetLabels() map[string]string
 	GetDetachPolicy() *executorv1.DetachPolicy
+	GetNetwork() *executorv1.NetworkPolicy
 }
 
 // newRequest turns a request into the domain's. What the rules of the protos cannot say
@@ -42,6 +43,7 @@ func newRequest(ctx context.Context, req startRequest) (execution.Request, error
 		Session:       session,
 		Command:       command,
 		Limits:        limitsOf(req.GetLimits()),
+		Network:       networkOf(req.GetNetwork()),
 		RetainedBytes: req.GetOutputPolicy().GetRetainedBytes(),
 		Labels:        req.GetLabels(),
 	}, nil

@@ -45,7 +45,8 @@ func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.Crea
 		return nil, err
 	}
 	created, err := s.sessions.Create(ctx, session.Request{
-		Caller: callerOf(ctx), Limits: limitsOf(req.GetLimits()), Lifetime: lifetime, Labels: req.GetLabels(), Key: key,
+		Caller: callerOf(ctx), Limits: limitsOf(req.GetLimits()), Network: networkOf(req.GetNetwork()),
+		Lifetime: lifetime, Labels: req.GetLabels(), Key: key,
 	})
 	if err != nil {
 		return nil, err

@@ -120,6 +120,11 @@ func rules() []rule {
 			why:  "it keeps sandboxes ready over any engine, and knows nothing of what they are for",
 		},
 		{
+			of:   []string{"./internal/egress/..."},
+			ours: []string{"./internal/engine", "./internal/fault", "./internal/guestclient", "./internal/guest/wire", "./gen/harvest/guest/..."},
+			why:  "it proxies connections, whoever made the sandbox that they come from",
+		},
+		{
 			of:    []string{"./internal/eventlog/..."},
 			never: []string{"./internal/execution/...", "./internal/engine/...", "./internal/store/...", "google.golang.org/grpc/..."},
 			why:   "the log keeps records, whatever they are of",

@@ -100,6 +100,7 @@ func (a *app) runCommand() *cobra.Command {
 	var (
 		flags    commandFlags
 		limits   limitFlags
+		network  networkFlags
 		language value[executorv1.Language]
 		file     string
 		session  string
@@ -128,6 +129,7 @@ line ~. leaves the execution, which goes on, and ~~ stands for ~.`,
 	language = value[executorv1.Language]{kind: "language", parse: parseLanguage}
 	flags.bind(cmd)
 	limits.bind(cmd)
+	network.bind(cmd)
 	cmd.Flags().Var(&language, "lang", "language of the code: python, bash or node (default python)")
 	cmd.Flags().StringVar(&file, "file", "", "run the code in this file")
 	cmd.Flags().StringVar(&session, "session", "", "run in this session's sandbox, not in a fresh one")
@@ -137,11 +139,17 @@ line ~. leaves the execution, which goes on, and ~~ stands for ~.`,
 		if err := flags.fill(r, a.env); err != nil {
 			return err
 		}
+		var err error
+		if r.Network, err = network.policy(); err != nil {
+			return err
+		}
 		if session != "" {
+			if r.Network != nil {
+				return usagef("--network, --allow and --session do not go together: a session's sandbox has its own network")
+			}
 			if r.Limits != nil {
 				return usagef("--limit-… and --session do not go together: a session's sandbox has its own limits")
 			}
-			var err error
 			if r.Parent, err = sessionName(session); err != nil {
 				return err
 			}
@@ -295,7 +303,7 @@ func (a *app) execute(r *executorv1.ExecuteRequest, flags commandFlags) func(*co
 
 func (a *app) startDetached(ctx context.Context, c *client.Client, r *executorv1.ExecuteRequest) error {
 	e, err := c.Start(ctx, &executorv1.StartExecutionRequest{
-		Parent: r.GetParent(), Command: r.GetCommand(), Limits: r.GetLimits(), OutputPolicy: r.GetOutputPolicy(), Labels: r.GetLabels(),
+		Parent: r.GetParent(), Command: r.GetCommand(), Limits: r.GetLimits(), Network: r.GetNetwork(), OutputPolicy: r.GetOutputPolicy(), Labels: r.GetLabels(),
 		DetachPolicy: r.GetDetachPolicy(),
 	})
 	if err != nil {

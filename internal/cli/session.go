@@ -37,6 +37,7 @@ func sessionColumns() columns[*executorv1.Session] {
 
 func (a *app) sessionCreate() *cobra.Command {
 	var limits limitFlags
+	var network networkFlags
 	var labels []string
 	var noWait bool
 	lifetime := value[time.Duration]{kind: "duration", parse: parseDuration}
@@ -46,6 +47,7 @@ func (a *app) sessionCreate() *cobra.Command {
 		Args:  none,
 	}, "name", "table", "json", "yaml", "jsonl")
 	limits.bind(cmd)
+	network.bind(cmd)
 	cmd.Flags().Var(&lifetime, "lifetime", "how long it may live (default 1h)")
 	cmd.Flags().StringArrayVar(&labels, "label", nil, "label it, NAME=VALUE; may be repeated")
 	cmd.Flags().BoolVar(&noWait, "no-wait", false, "do not wait until its sandbox is ready")
@@ -56,6 +58,9 @@ func (a *app) sessionCreate() *cobra.Command {
 		}
 		var err error
 		if r.Labels, err = parseLabels(labels); err != nil {
+			return err
+		}
+		if r.Network, err = network.policy(); err != nil {
 			return err
 		}
 		s, err := c.CreateSession(ctx, r)

@@ -31,6 +31,7 @@ func (l *loader) complete(in Input, env map[string]string) error {
 			return err
 		}
 		l.check("output.default_retained_bytes", checkOutput(l.config.GetOutput()))
+		l.checkNetwork(l.config.GetNetwork())
 		l.check("local.uid_count", checkIDs(l.config.GetLocal()))
 		l.check("local.cgroup_parent", checkCgroup(l.config.GetLocal().GetCgroupParent()))
 		l.check("local.extra_paths", checkExtraPaths(l.config.GetLocal().GetExtraPaths()))

@@ -68,6 +68,7 @@ func defaults() *configv1.Config {
 		Tls:          &configv1.Tls{ClientAuth: configv1.Tls_CLIENT_AUTH_REQUEST},
 		Auth: &configv1.Auth{Oidc: &configv1.Oidc{RoleClaim: "roles", Leeway: durationpb.New(30 * time.Second)},
 			Certificates: &configv1.Certificates{}, Quotas: &configv1.Quotas{}},
+		Network:      &configv1.Network{DefaultMode: configv1.Network_MODE_NONE, MaxMode: configv1.Network_MODE_EGRESS},
 		Admission: &configv1.Admission{
 			MaxRunning: 256, MaxQueued: 1024, MaxQueueWait: durationpb.New(30 * time.Second), MaxSandboxes: 4000,
 		},
@@ -104,6 +105,8 @@ func full() (map[string]string, *configv1.Config) {
 			"auth.oidc.leeway": "5s", "auth.oidc.algorithms": "ES256",
 			"auth.certificates.users": "spiffe://example.org/ci", "auth.certificates.operators": "CN=ops", "auth.certificates.admins": "CN=root",
 			"auth.quotas.running_executions": "3", "auth.quotas.sessions": "2", "auth.quotas.stored_bytes": "5GiB",
+			"network.default_mode": "egress", "network.default_allow": "a.example", "network.max_mode": "host",
+			"network.denied_cidrs": "10.0.0.0/8", "network.nameserver": "192.0.2.53:5353",
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
 			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
@@ -123,6 +126,8 @@ func full() (map[string]string, *configv1.Config) {
 				Certificates: &configv1.Certificates{Users: []string{"spiffe://example.org/ci"}, Operators: []string{"CN=ops"}, Admins: []string{"CN=root"}},
 				Quotas:       &configv1.Quotas{RunningExecutions: 3, Sessions: 2, StoredBytes: 5 << 30},
 			},
+			Network: &configv1.Network{DefaultMode: configv1.Network_MODE_EGRESS, DefaultAllow: []string{"a.example"},
+				MaxMode: configv1.Network_MODE_HOST, DeniedCidrs: []string{"10.0.0.0/8"}, Nameserver: "192.0.2.53:5353"},
 			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
 			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
 			Retention: &configv1.Retention{MaxAge: durationpb.New(0), MaxTotalBytes: 1 << 30, MinFreeBytes: 1<<20 + 1},
@@ -183,6 +188,12 @@ func TestPrecedence(t *testing.T) {
 					}
 				}
 				return
+			}
+			switch f.name { // two that go together
+			case "network.default_mode":
+				with = append(with, "EXECUTORD_NETWORK_DEFAULT_ALLOW=b.example")
+			case "network.default_allow":
+				with = append(with, "EXECUTORD_NETWORK_DEFAULT_MODE=egress")
 			}
 			for name, layer := range set(text) {
 				if got := f.get(load(t, layer(root()))); !slices.Equal(got, expected) {
@@ -330,6 +341,21 @@ func TestForms(t *testing.T) {
 	}
 }
 
+// Lists that are no paths stand between blanks in a variable: they have colons themselves.
+func TestListsOfHosts(t *testing.T) {
+	config := load(t, asRoot("--network-denied-cidrs=10.0.0.0/8", "--network-denied-cidrs=fd00::/8").withEnv(
+		"EXECUTORD_NETWORK_DEFAULT_MODE=egress", "EXECUTORD_NETWORK_DEFAULT_ALLOW= a.example:443,80  [::1]:8080 "))
+	n := config.GetNetwork()
+	if !slices.Equal(n.GetDefaultAllow(), []string{"a.example:443,80", "[::1]:8080"}) || !slices.Equal(n.GetDeniedCidrs(), []string{"10.0.0.0/8", "fd00::/8"}) {
+		t.Errorf("%v", n)
+	}
+	for text, want := range map[string]string{"": "", "192.0.2.53": "192.0.2.53:53", "::1": "[::1]:53", "[::1]:5353": "[::1]:5353", "127.0.0.1:1": "127.0.0.1:1"} {
+		if got, err := Nameserver(text); err != nil || got != want {
+			t.Errorf("nameserver %q: %q, %v", text, got, err)
+		}
+	}
+}
+
 // Each bad value is refused in every layer by an error that names the field, the
 // layer and what is wrong.
 func TestBadValues(t *testing.T) {
@@ -431,6 +457,16 @@ func TestBadValues(t *testing.T) {
 		{"auth.quotas.running_executions", "-1", "greater than or equal to 0"},
 		{"auth.quotas.sessions", "5", "needs auth.methods"},
 		{"auth.quotas.stored_bytes", "5GiB", "needs auth.methods"},
+		{"network.default_mode", "internet", "none of none, egress, host"},
+		{"network.default_mode", "host", "host is more than network.max_mode, egress"},
+		{"network.default_allow", "a.example", "goes with network.default_mode egress"},
+		{"network.max_mode", "all", "none of none, egress, host"},
+		{"network.denied_cidrs", "10.0.0.1/8", "not a range of addresses"},
+		{"network.denied_cidrs", "10.0.0.1", "not a range of addresses"},
+		{"network.denied_cidrs", "a.example", "not a range of addresses"},
+		{"network.nameserver", "dns.example", "neither IP nor IP:PORT"},
+		{"network.nameserver", "192.0.2.53:0", "neither IP nor IP:PORT"},
+		{"network.nameserver", "'[::1]'", "neither IP nor IP:PORT"},
 		{"admission.max_running", "0", "greater than or equal to 1"},
 		{"admission.max_running", "1000001", "less than or equal to 1000000"},
 		{"admission.max_queued", "1000001", "less than or equal to 1000000"},
@@ -645,7 +681,8 @@ func TestFieldNames(t *testing.T) {
 		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
 		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
 		"config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
-		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level", "on-stop",
+		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
+		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
 		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir",
 		"tls-cert-file", "tls-client-auth", "tls-client-ca-file", "tls-key-file"}
@@ -707,6 +744,12 @@ auth:
     running_executions: 0
     sessions: 0
     stored_bytes: 0
+network:
+  default_mode: none
+  default_allow: []
+  max_mode: egress
+  denied_cidrs: []
+  nameserver: ""
 admission:
   max_running: 256
   max_queued: 1024

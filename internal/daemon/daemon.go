@@ -205,8 +205,14 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		return nil, nil, err
 	}
 	quotas := c.Settings.GetAuth().GetQuotas()
+	network, err := c.openNetwork(d.engine)
+	if err != nil {
+		return nil, nil, err
+	}
+	// Closed after those whose sandboxes it serves.
+	d.opened.add("network", network.Close)
 	sessionService, err := session.New(session.Config{
-		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
+		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the session service: %w", err)
@@ -214,7 +220,7 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	output := c.Settings.GetOutput()
 	retention := c.Settings.GetRetention()
 	executionService, err := execution.New(execution.Config{
-		Engine: d.engine, Store: st, Sessions: sessionService, Admission: allowed, Pool: ready,
+		Engine: d.engine, Store: st, Sessions: sessionService, Admission: allowed, Pool: ready, Network: network,
 		Dir:                  filepath.Join(c.Settings.GetStateDir(), "executions"),
 		DefaultRetainedBytes: output.GetDefaultRetainedBytes(),
 		MaxRetainedBytes:     output.GetMaxRetainedBytes(),

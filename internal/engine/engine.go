@@ -64,7 +64,23 @@ type Spec struct {
 	ID string
 	// Limits are what is asked for; zero fields take the defaults.
 	Limits Limits
+	// Network is the kind of network; "" is NetworkNone.
+	Network Network
 }
+
+// Network is a kind of network that a sandbox has.
+type Network string
+
+// The kinds. Each engine has the first; Capabilities names the others that it has, as
+// network.egress and network.host.
+const (
+	// NetworkNone is a loopback interface of the sandbox's own and nothing else.
+	NetworkNone Network = "none"
+	// NetworkEgress is the same for the engine: what gets out goes through the guest.
+	NetworkEgress Network = "egress"
+	// NetworkHost is the network of the machine that the sandbox runs on.
+	NetworkHost Network = "host"
+)
 
 // Limits bound a sandbox. Zero means none, or in a Spec the default.
 type Limits struct {

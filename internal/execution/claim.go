@@ -17,7 +17,8 @@ func needOf(e Execution) admission.Need {
 // name of the run's sandbox. That must be recorded before anything is started in it; a
 // sandbox that no record names is ended as a stray.
 func (r *run) claim() string {
-	if r.session != "" || r.service.cfg.Pool == nil {
+	// Those that are ready have a network of their own, which does for egress, too.
+	if r.session != "" || r.service.cfg.Pool == nil || r.record.Network.Mode == engine.NetworkHost {
 		return r.record.Sandbox
 	}
 	if sandbox, ok := r.service.cfg.Pool.Claim(engine.Spec{Limits: r.record.Limits}); ok {

@@ -7,6 +7,7 @@ package execution
 import (
 	"time"
 
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 )
 
@@ -23,6 +24,8 @@ type Execution struct {
 	Command Command
 	// Limits are those in force in its sandbox.
 	Limits engine.Limits
+	// Network is the policy in force in its sandbox.
+	Network egress.Policy
 	// RetainedBytes bounds its log.
 	RetainedBytes int64
 	// Policies are those in force.

@@ -21,6 +21,9 @@ func (r *run) launch(ctx context.Context, command Command) *Result {
 			return result
 		}
 	}
+	if result := r.openNetwork(ctx); result != nil || ctx.Err() != nil {
+		return result
+	}
 	if r.times.SandboxReady.IsZero() {
 		r.times.SandboxReady = time.Now()
 	}
@@ -40,7 +43,9 @@ func (r *run) makeSandbox(ctx context.Context) *Result {
 		bounded, stop := context.WithTimeoutCause(making, sandboxTime, fmt.Errorf("no sandbox within %v", sandboxTime))
 		defer stop()
 		var sandbox engine.Sandbox
-		if sandbox, err = r.service.cfg.Engine.Create(bounded, engine.Spec{ID: r.record.Sandbox, Limits: r.record.Limits}); err == nil {
+		if sandbox, err = r.service.cfg.Engine.Create(bounded, engine.Spec{
+			ID: r.record.Sandbox, Limits: r.record.Limits, Network: r.record.Network.Mode,
+		}); err == nil {
 			r.sandbox = sandbox
 			return nil
 		}
@@ -106,6 +111,7 @@ func (r *run) start(ctx context.Context, command Command) *Result {
 		if !ok {
 			return noInterpreter(command, missing)
 		}
+		request.Env = r.network.Environment(request.Env)
 		asked := time.Now()
 		var answer *guestv1.StartResponse
 		err := r.ask(ctx, func(ctx context.Context) (err error) {

@@ -144,6 +144,9 @@ func (r *run) find(ctx context.Context) *Result {
 		return res
 	}
 	r.sandbox = sandbox
+	if r.session == "" {
+		r.resumeNetwork(ctx)
+	}
 	r.meet(ctx)
 	var info *guestv1.InfoResponse
 	err = r.ask(ctx, func(ctx context.Context) (err error) {

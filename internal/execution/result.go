@@ -123,6 +123,7 @@ func (r *run) spent(used *engine.Usage) {
 
 // attest adds to the evidence which limits were reached.
 func (r *run) attest(res *Result, used engine.Usage) {
+	r.attestNetwork(res)
 	if used.OOMKills > 0 {
 		res.Evidence["oom_kills"] = strconv.FormatInt(used.OOMKills, 10)
 		res.Evidence["memory_limit_bytes"] = strconv.FormatInt(r.record.Limits.MemoryBytes, 10)

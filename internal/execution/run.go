@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/internal/admission"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/guestclient"
@@ -64,7 +65,8 @@ type run struct {
 	// Owned by the leading goroutine.
 	sandbox  engine.Sandbox
 	guest    *guest
-	before   engine.Usage // what others had used in the sandbox before
+	network  *egress.Proxy // nil without network
+	before   engine.Usage  // what others had used in the sandbox before
 	times    Times
 	deadline time.Time          // when the guest should have ended it by itself
 	counted  *engine.Usage      // what its sandbox had used when it was last looked at

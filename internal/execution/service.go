@@ -12,6 +12,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/caller"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/fault"
@@ -56,6 +57,8 @@ type Config struct {
 	CheckRoom func() error
 	// Quota bounds what each owner has.
 	Quota Quota
+	// Network decides what sandboxes reach and lets them; nil lets them reach nothing.
+	Network *egress.Gateway
 	// Observer is told of executions; nil if nobody wants to know.
 	Observer Observer
 	Logger   *slog.Logger
@@ -95,6 +98,8 @@ type Request struct {
 	Command Command
 	// Limits of a sandbox of its own.
 	Limits engine.Limits
+	// Network is what a sandbox of its own may reach.
+	Network egress.Policy
 	// RetainedBytes bounds the log; 0 for the default.
 	RetainedBytes int64
 	Policies      Policies
@@ -267,15 +272,21 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 		}
 		e.Limits = r.Limits.Or(s.cfg.Engine.DefaultLimits())
 		e.Sandbox = sandboxID(e.ID)
-		return e, nil, nil
+		var err error
+		e.Network, err = s.cfg.Network.Decide(r.Network)
+		return e, nil, err
 	}
 	if r.Limits != (engine.Limits{}) {
 		return e, nil, fault.InvalidField("LIMITS_WITH_PARENT", "limits", "must not be set with a parent: the session's sandbox has its own limits")
+	}
+	if r.Network.Mode != "" || len(r.Network.Rules) > 0 {
+		return e, nil, fault.InvalidField("NETWORK_WITH_PARENT", "network", "must not be set with a parent: the session's sandbox has its own policy")
 	}
 	sandbox, err := s.cfg.Sessions.Sandbox(ctx, r.Session, r.Caller)
 	if err != nil {
 		return e, nil, err
 	}
+	e.Network = s.cfg.Network.Of(sandbox.ID()).Policy()
 	e.Sandbox, e.Limits = sandbox.ID(), sandbox.Limits()
 	return e, sandbox, nil
 }

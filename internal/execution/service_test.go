@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/execution"
@@ -57,7 +58,7 @@ func TestLife(t *testing.T) {
 				Args: []string{"program", "x"}, Env: map[string]string{"A": ""}, WorkingDirectory: "/workspace",
 				Timeout: execution.DefaultTimeout, GracePeriod: ptr(execution.DefaultGracePeriod),
 			},
-			Limits: engine.Limits{MemoryBytes: 1 << 30, PIDs: 7}, RetainedBytes: 1 << 20, Labels: map[string]string{"k": "v"},
+			Limits: engine.Limits{MemoryBytes: 1 << 30, PIDs: 7}, Network: egress.None(), RetainedBytes: 1 << 20, Labels: map[string]string{"k": "v"},
 			Policies: execution.Policies{OnLimit: execution.DropOldest, Detach: execution.KeepRunning},
 		}
 		if diff := cmp.Diff(want, e); diff != "" || e.Epoch == "" || len(e.ID) != 26 {

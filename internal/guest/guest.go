@@ -60,6 +60,7 @@ type Guest struct {
 	null             *os.File
 	runtimeDirectory string
 	stock            *stock
+	listeners        listeners
 
 	mu       sync.Mutex
 	commands map[string]*command
@@ -129,8 +130,9 @@ func (g *Guest) ServePipe(pipe io.ReadWriteCloser) {
 
 	slots := make(chan struct{}, maxInFlight)
 	answers := &answerer{w: pipe}
-	r := &wire.Reader{R: bufio.NewReaderSize(pipe, 16<<10)}
-	for {
+	buffered := bufio.NewReaderSize(pipe, 16<<10)
+	r := &wire.Reader{R: buffered}
+	for first := true; ; {
 		req := new(guestv1.Request)
 		n, err := r.Read(req)
 		if err != nil {
@@ -147,6 +149,11 @@ func (g *Guest) ServePipe(pipe io.ReadWriteCloser) {
 			}
 			continue
 		}
+		if accept := req.GetAccept(); accept != nil {
+			g.listeners.serve(accept.GetListener(), req.GetId(), pipe, buffered, first, answers)
+			return
+		}
+		first = false
 		select {
 		case slots <- struct{}{}:
 		default:
@@ -235,6 +242,11 @@ func (g *Guest) answer(ctx context.Context, req *guestv1.Request, payload []byte
 	case *guestv1.Request_Signal:
 		if err = g.signal(call.Signal); err == nil {
 			resp.Answer = &guestv1.Response_Signal{Signal: &guestv1.SignalResponse{}}
+		}
+	case *guestv1.Request_Listen:
+		var port uint32
+		if port, err = g.listeners.listen(call.Listen.GetName(), call.Listen.GetPort()); err == nil {
+			resp.Answer = &guestv1.Response_Listen{Listen: &guestv1.ListenResponse{Port: port}}
 		}
 	default:
 		err = refuse(guestv1.Error_KIND_INVALID, "a request that this guest (protocol %d) does not know", wire.Protocol)
@@ -440,6 +452,7 @@ func milliseconds(n uint64) time.Duration {
 // in order; in a sandbox it is killed with everything else.
 func (g *Guest) Close() error {
 	g.running.Wait()
+	g.listeners.close()
 	g.reaper.close()
 	g.spawner.close()
 	return g.null.Close()

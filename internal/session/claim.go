@@ -11,7 +11,8 @@ import (
 // name. That must be written before the session is told of; a sandbox that no record
 // names is ended as a stray.
 func (l *live) claim() Session {
-	if l.service.cfg.Pool == nil {
+	// Those that are ready have a network of their own, which does for egress, too.
+	if l.service.cfg.Pool == nil || l.record.Network.Mode == engine.NetworkHost {
 		return l.snapshot()
 	}
 	sandbox, ok := l.service.cfg.Pool.Claim(engine.Spec{Limits: l.record.Limits})

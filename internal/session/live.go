@@ -176,7 +176,12 @@ func (l *live) make(ctx context.Context) bool {
 	}
 	sandbox, err := l.claimed, error(nil)
 	if sandbox == nil {
-		sandbox, err = l.service.cfg.Engine.Create(creating, engine.Spec{ID: l.record.Sandbox, Limits: l.record.Limits})
+		sandbox, err = l.service.cfg.Engine.Create(creating, engine.Spec{
+			ID: l.record.Sandbox, Limits: l.record.Limits, Network: l.record.Network.Mode,
+		})
+	}
+	if err == nil {
+		_, err = l.service.cfg.Network.Open(creating, sandbox, l.record.Network)
 	}
 	if err != nil {
 		if ctx.Err() != nil {
@@ -207,6 +212,9 @@ func (l *live) reopen(ctx context.Context) bool {
 		sandbox, err := l.open(ctx)
 		switch {
 		case err == nil:
+			if _, err := l.service.cfg.Network.Resume(sandbox, l.record.Network); err != nil {
+				l.service.log.WarnContext(ctx, "a session goes on without its network", "session", l.id, "error", err)
+			}
 			l.publish(l.record, sandbox)
 			close(l.started)
 			return true

@@ -13,6 +13,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/caller"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -43,8 +44,10 @@ type Config struct {
 	// Admission says how many sandboxes there may be; nil for no limit.
 	Admission *admission.Controller
 	// Pool is asked first for a sandbox; nil for none.
-	Pool   Pool
-	Logger *slog.Logger
+	Pool Pool
+	// Network decides what sandboxes reach and lets them; nil lets them reach nothing.
+	Network *egress.Gateway
+	Logger  *slog.Logger
 }
 
 // Service keeps sessions.
@@ -66,6 +69,8 @@ type Request struct {
 	// Caller asks, and will be the owner.
 	Caller caller.Caller
 	Limits engine.Limits
+	// Network is what its sandbox may reach.
+	Network egress.Policy
 	// Lifetime is counted from the creation; 0 stands for DefaultLifetime.
 	Lifetime time.Duration
 	Labels   map[string]string
@@ -141,11 +146,15 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	if err := s.checkQuota(r.Caller.Owner); err != nil {
 		return Session{}, err
 	}
+	network, err := s.cfg.Network.Decide(r.Network)
+	if err != nil {
+		return Session{}, err
+	}
 	now := time.Now()
 	id := strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
 	record := Session{
 		ID: id, Owner: r.Caller.Owner, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id),
-		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
+		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Network: network, Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
 	}
 	slot, err := s.cfg.Admission.Acquire(ctx, admission.Need{Sandbox: true})
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/fault"
@@ -35,7 +36,7 @@ func TestLife(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := session.Session{
-			ID: s.ID, State: session.Starting, Engine: "fake", Sandbox: "s-" + s.ID, Limits: engine.Limits{MemoryBytes: 1 << 30, PIDs: 9},
+			ID: s.ID, State: session.Starting, Engine: "fake", Sandbox: "s-" + s.ID, Limits: engine.Limits{MemoryBytes: 1 << 30, PIDs: 9}, Network: egress.None(),
 			Lifetime: session.DefaultLifetime, Labels: map[string]string{"a": "b"}, CreateTime: begin,
 		}
 		if diff := cmp.Diff(want, s); diff != "" || len(s.ID) != 26 {

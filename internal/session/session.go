@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/internal/caller"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/filter"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -27,7 +28,9 @@ type Session struct {
 	Engine  string
 	Sandbox string
 	// Limits are those in force.
-	Limits     engine.Limits
+	Limits engine.Limits
+	// Network is the policy in force.
+	Network    egress.Policy
 	Lifetime   time.Duration
 	Labels     map[string]string
 	CreateTime time.Time

@@ -7,6 +7,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/execution"
 )
 
@@ -58,6 +59,15 @@ func labelsColumn(labels map[string]string) (sql.NullString, error) {
 		return sql.NullString{}, nil
 	}
 	text, err := toJSON("labels", labels)
+	return sql.NullString{String: text, Valid: true}, err
+}
+
+// networkColumn is the column of a network policy: NULL for one that was not decided.
+func networkColumn(p egress.Policy) (sql.NullString, error) {
+	if p.Mode == "" {
+		return sql.NullString{}, nil
+	}
+	text, err := toJSON("network", p)
 	return sql.NullString{String: text, Valid: true}, err
 }
 

@@ -17,9 +17,9 @@ const (
 	insertExecution = `INSERT INTO executions (id, session, command, limits, retained_bytes, labels,
 		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
 		policies, log_bytes, warned, expire_time,
-		owner, stored_bytes)
+		owner, stored_bytes, network)
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
-		?, ?)`
+		?, ?, ?)`
 
 	// The condition on state keeps a life from going back, whoever writes last.
 	updateExecution = `UPDATE executions SET state = ?1, result = ?2, engine = ?3, sandbox = ?4, limits = ?5,
@@ -28,7 +28,7 @@ const (
 
 	selectExecution = `SELECT id, session, command, limits, retained_bytes, labels,
 		engine, sandbox, state, result, epoch, sequence, create_time, start_time, end_time,
-		policies, log_bytes, warned, owner FROM executions `
+		policies, log_bytes, warned, owner, network FROM executions `
 
 	getExecution         = selectExecution + `WHERE id = ?`
 	listExecutions       = selectExecution + `WHERE id < ? ORDER BY id DESC LIMIT ?`
@@ -65,11 +65,15 @@ func (s *Store) insertExecutionWith(ctx context.Context, e execution.Execution, 
 	if err != nil {
 		return fmt.Errorf("insert execution %q: %w", e.ID, err)
 	}
+	network, err := networkColumn(e.Network)
+	if err != nil {
+		return fmt.Errorf("insert execution %q: %w", e.ID, err)
+	}
 	err = insert(ctx, e.ID, e.Session, command, changing.limits, e.RetainedBytes, labels,
 		e.Engine, e.Sandbox, e.State, changing.result, e.Epoch, int64(e.Sequence),
 		e.CreateTime.UnixNano(), timeColumn(e.StartTime), timeColumn(e.EndTime),
 		changing.policies, e.LogBytes, e.Warned, expireColumn(e),
-		e.Owner, storedBytes(e.Result))
+		e.Owner, storedBytes(e.Result), network)
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "EXECUTION_EXISTS", "execution %q exists", e.ID)
 	}
@@ -219,14 +223,14 @@ func encodeExecution(e execution.Execution) (executionColumns, error) {
 
 func scanExecution(r row) (execution.Execution, error) {
 	var (
-		e                                         execution.Execution
-		command, limits, labels, result, policies sql.NullString
-		sequence, create                          int64
-		start, end                                sql.NullInt64
+		e                                                  execution.Execution
+		command, limits, labels, result, policies, network sql.NullString
+		sequence, create                                   int64
+		start, end                                         sql.NullInt64
 	)
 	err := r.Scan(&e.ID, &e.Session, &command, &limits, &e.RetainedBytes, &labels,
 		&e.Engine, &e.Sandbox, &e.State, &result, &e.Epoch, &sequence, &create, &start, &end,
-		&policies, &e.LogBytes, &e.Warned, &e.Owner)
+		&policies, &e.LogBytes, &e.Warned, &e.Owner, &network)
 	if err != nil {
 		return execution.Execution{}, err
 	}
@@ -239,6 +243,7 @@ func scanExecution(r row) (execution.Execution, error) {
 		fromJSON("labels", labels, &e.Labels),
 		fromJSON("result", result, &e.Result),
 		fromJSON("policies", policies, &e.Policies),
+		fromJSON("network", network, &e.Network),
 	)
 	if err != nil {
 		return execution.Execution{}, fmt.Errorf("execution %q: %w", e.ID, err)

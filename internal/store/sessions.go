@@ -12,14 +12,14 @@ import (
 
 const (
 	insertSession = `INSERT INTO sessions (id, state, reason, detail, engine, sandbox, limits, lifetime, labels,
-		create_time, end_time, owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+		create_time, end_time, owner, network) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 
 	// The condition on state keeps a life from going back, whoever writes last.
 	updateSession = `UPDATE sessions SET state = ?1, reason = ?2, detail = ?3, engine = ?4, sandbox = ?5,
 		limits = ?6, end_time = ?7 WHERE id = ?8 AND state <= ?1`
 
 	selectSession = `SELECT id, state, reason, detail, engine, sandbox, limits, lifetime, labels,
-		create_time, end_time, owner FROM sessions `
+		create_time, end_time, owner, network FROM sessions `
 
 	getSession         = selectSession + `WHERE id = ?`
 	listSessions       = selectSession + `WHERE id < ? ORDER BY id DESC LIMIT ?`
@@ -47,8 +47,12 @@ func (s *Store) insertSessionWith(ctx context.Context, one session.Session, inse
 	if err != nil {
 		return fmt.Errorf("insert session %q: %w", one.ID, err)
 	}
+	network, err := networkColumn(one.Network)
+	if err != nil {
+		return fmt.Errorf("insert session %q: %w", one.ID, err)
+	}
 	err = insert(ctx, one.ID, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
-		limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime), one.Owner)
+		limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime), one.Owner, network)
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "SESSION_EXISTS", "session %q exists", one.ID)
 	}
@@ -138,13 +142,13 @@ func sessionError(action, id string, err error) error {
 
 func scanSession(r row) (session.Session, error) {
 	var (
-		one            session.Session
-		limits, labels sql.NullString
-		create         int64
-		end            sql.NullInt64
+		one                     session.Session
+		limits, labels, network sql.NullString
+		create                  int64
+		end                     sql.NullInt64
 	)
 	err := r.Scan(&one.ID, &one.State, &one.Reason, &one.Detail, &one.Engine, &one.Sandbox,
-		&limits, &one.Lifetime, &labels, &create, &end, &one.Owner)
+		&limits, &one.Lifetime, &labels, &create, &end, &one.Owner, &network)
 	if err != nil {
 		return session.Session{}, err
 	}
@@ -153,6 +157,7 @@ func scanSession(r row) (session.Session, error) {
 	err = errors.Join(
 		fromJSON("limits", limits, &one.Limits),
 		fromJSON("labels", labels, &one.Labels),
+		fromJSON("network", network, &one.Network),
 	)
 	if err != nil {
 		return session.Session{}, fmt.Errorf("session %q: %w", one.ID, err)

@@ -65,6 +65,9 @@ func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err 
 		request = forkserver.Request{UID: first, GID: first, IDs: idsPerSandbox, Setgroups: true}
 		sb.group = e.groups.Open(sb.id)
 	}
+	if spec.Network == engine.NetworkHost {
+		request.HostNetwork, s.message.HostNetwork = true, true
+	}
 	// Written down before there are control groups: wherever executord dies, they are found.
 	rec, err := newRecordFile(sb)
 	if err != nil {
@@ -124,6 +127,11 @@ func (e *Engine) besideTheFork(sb *sandbox, s *setup, owner int) (*hostimage.Ima
 	}
 	if err := makeLayers(filepath.Join(sb.dir, layerName), img); err != nil {
 		return nil, fmt.Errorf("make the layers of the sandbox: %w", err)
+	}
+	if s.message.GetHostNetwork() {
+		if err := shareNames(filepath.Join(sb.dir, layerName, overlayName("/"), "upper")); err != nil {
+			return nil, err
+		}
 	}
 	listener, err := bindSocket(filepath.Join(sb.dir, socketName))
 	if err != nil {

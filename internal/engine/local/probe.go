@@ -80,6 +80,8 @@ func (e *Engine) capabilities() []engine.Capability {
 		add("ids.own-range", false, "an ordinary user's sandboxes all run as that user", asRoot)
 	}
 	add("network.none", true, "sandboxes have a loopback interface of their own and nothing else", "")
+	add("network.egress", true, "and a proxy on it that reaches what the rules of a policy name", "")
+	add("network.host", true, "the host's network, for development; refused unless --network-max-mode is host", "")
 	for _, l := range languages() {
 		path, ok := e.find(l.programs)
 		if ok {

@@ -43,6 +43,8 @@ type Request struct {
 	Setgroups bool
 	// Cgroup says that a directory comes along.
 	Cgroup bool
+	// HostNetwork leaves the guest in the network that it is forked in.
+	HostNetwork bool
 }
 
 const (
@@ -51,6 +53,7 @@ const (
 	maxAnswer   = 4096
 	setgroupBit = 1
 	cgroupBit   = 2
+	networkBit  = 4
 )
 
 // Encode is the request as it is sent.
@@ -61,6 +64,9 @@ func (r Request) Encode() []byte {
 	}
 	if r.Cgroup {
 		flags |= cgroupBit
+	}
+	if r.HostNetwork {
+		flags |= networkBit
 	}
 	b := make([]byte, 0, requestSize)
 	for _, n := range []uint32{r.UID, r.GID, r.IDs, flags} {
@@ -77,6 +83,7 @@ func decode(b []byte) (Request, error) {
 	return Request{
 		UID: binary.BigEndian.Uint32(b), GID: binary.BigEndian.Uint32(b[4:]), IDs: binary.BigEndian.Uint32(b[8:]),
 		Setgroups: flags&setgroupBit != 0, Cgroup: flags&cgroupBit != 0,
+		HostNetwork: flags&networkBit != 0,
 	}, nil
 }
 
@@ -243,6 +250,9 @@ func fork(r Request, fds []int) (pid, pidfd int, err error) {
 		GidMappingsEnableSetgroups: r.Setgroups,
 		Setsid:                     true,
 		PidFD:                      &pidfd,
+	}
+	if r.HostNetwork {
+		attr.Cloneflags &^= syscall.CLONE_NEWNET
 	}
 	if r.Cgroup {
 		attr.UseCgroupFD, attr.CgroupFD = true, fds[1]

@@ -272,7 +272,7 @@ func TestNonsenseIsRefused(t *testing.T) {
 }
 
 func TestMessages(t *testing.T) {
-	for _, r := range []Request{{}, {UID: 1, GID: 2, IDs: 3}, {UID: 1<<32 - 1, Setgroups: true}, {GID: 1<<32 - 1, Cgroup: true}, {1, 2, 3, true, true}} {
+	for _, r := range []Request{{}, {UID: 1, GID: 2, IDs: 3}, {UID: 1<<32 - 1, Setgroups: true}, {GID: 1<<32 - 1, Cgroup: true}, {1, 2, 3, true, true, true}, {HostNetwork: true}} {
 		if got, err := decode(r.Encode()); err != nil || got != r {
 			t.Errorf("%+v became %+v, %v", r, got, err)
 		}

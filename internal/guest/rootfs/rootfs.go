@@ -63,7 +63,7 @@ func Build(setup *guestv1.Setup, fds []int) error {
 			return nil
 		})
 	}
-	work = append(work, func() error { return devices(setup.GetShmBytes()) }, procAndSys)
+	work = append(work, func() error { return devices(setup.GetShmBytes()) }, func() error { return procAndSys(setup.GetHostNetwork()) })
 	if err := inParallel(work); err != nil {
 		return err
 	}
@@ -228,7 +228,7 @@ func devices(shmBytes uint64) error {
 }
 
 // procAndSys mounts /proc and /sys.
-func procAndSys() error {
+func procAndSys(hostNetwork bool) error {
 	const proc, sys = staging + "/proc", staging + "/sys"
 	for _, d := range []string{proc, sys} {
 		if err := os.Mkdir(d, 0o755); err != nil {
@@ -238,7 +238,13 @@ func procAndSys() error {
 	if err := unix.Mount("proc", proc, "proc", quiet, ""); err != nil {
 		return fmt.Errorf("mount /proc: %w", err)
 	}
-	if err := unix.Mount("sysfs", sys, "sysfs", quiet|unix.MS_RDONLY, ""); err != nil {
+	err := unix.Mount("sysfs", sys, "sysfs", quiet|unix.MS_RDONLY, "")
+	if errors.Is(err, unix.EPERM) && hostNetwork {
+		// It belongs to the network's owner, and that is the host: what is left of it in
+		// the sandbox is an empty directory.
+		err = unix.Mount("tmpfs", sys, "tmpfs", quiet|unix.MS_RDONLY, "size=0")
+	}
+	if err != nil {
 		return fmt.Errorf("mount /sys: %w", err)
 	}
 	return mask()

@@ -86,6 +86,63 @@ func (OnStop) EnumDescriptor() ([]byte, []int) {
 	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{0}
 }
 
+// Mode is a kind of access; each includes those before it.
+type Network_Mode int32
+
+const (
+	// Not set; refused.
+	Network_MODE_UNSPECIFIED Network_Mode = 0
+	// A loopback interface of the sandbox's own, nothing else.
+	Network_MODE_NONE Network_Mode = 1
+	// What rules name, through a proxy on that loopback.
+	Network_MODE_EGRESS Network_Mode = 2
+	// The network of the host as it is.
+	Network_MODE_HOST Network_Mode = 3
+)
+
+// Enum value maps for Network_Mode.
+var (
+	Network_Mode_name = map[int32]string{
+		0: "MODE_UNSPECIFIED",
+		1: "MODE_NONE",
+		2: "MODE_EGRESS",
+		3: "MODE_HOST",
+	}
+	Network_Mode_value = map[string]int32{
+		"MODE_UNSPECIFIED": 0,
+		"MODE_NONE":        1,
+		"MODE_EGRESS":      2,
+		"MODE_HOST":        3,
+	}
+)
+
+func (x Network_Mode) Enum() *Network_Mode {
+	p := new(Network_Mode)
+	*p = x
+	return p
+}
+
+func (x Network_Mode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Network_Mode) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_config_v1_config_proto_enumTypes[1].Descriptor()
+}
+
+func (Network_Mode) Type() protoreflect.EnumType {
+	return &file_harvest_config_v1_config_proto_enumTypes[1]
+}
+
+func (x Network_Mode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Network_Mode.Descriptor instead.
+func (Network_Mode) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 0}
+}
+
 // Level is how important a line must be.
 type Log_Level int32
 
@@ -131,11 +188,11 @@ func (x Log_Level) String() string {
 }
 
 func (Log_Level) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_config_v1_config_proto_enumTypes[1].Descriptor()
+	return file_harvest_config_v1_config_proto_enumTypes[2].Descriptor()
 }
 
 func (Log_Level) Type() protoreflect.EnumType {
-	return &file_harvest_config_v1_config_proto_enumTypes[1]
+	return &file_harvest_config_v1_config_proto_enumTypes[2]
 }
 
 func (x Log_Level) Number() protoreflect.EnumNumber {
@@ -144,7 +201,7 @@ func (x Log_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Level.Descriptor instead.
 func (Log_Level) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 0}
 }
 
 // Format is what a line looks like.
@@ -184,11 +241,11 @@ func (x Log_Format) String() string {
 }
 
 func (Log_Format) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_config_v1_config_proto_enumTypes[2].Descriptor()
+	return file_harvest_config_v1_config_proto_enumTypes[3].Descriptor()
 }
 
 func (Log_Format) Type() protoreflect.EnumType {
-	return &file_harvest_config_v1_config_proto_enumTypes[2]
+	return &file_harvest_config_v1_config_proto_enumTypes[3]
 }
 
 func (x Log_Format) Number() protoreflect.EnumNumber {
@@ -197,7 +254,7 @@ func (x Log_Format) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Format.Descriptor instead.
 func (Log_Format) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 1}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 1}
 }
 
 // ClientAuth says what clients must show.
@@ -237,11 +294,11 @@ func (x Tls_ClientAuth) String() string {
 }
 
 func (Tls_ClientAuth) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_config_v1_config_proto_enumTypes[3].Descriptor()
+	return file_harvest_config_v1_config_proto_enumTypes[4].Descriptor()
 }
 
 func (Tls_ClientAuth) Type() protoreflect.EnumType {
-	return &file_harvest_config_v1_config_proto_enumTypes[3]
+	return &file_harvest_config_v1_config_proto_enumTypes[4]
 }
 
 func (x Tls_ClientAuth) Number() protoreflect.EnumNumber {
@@ -250,7 +307,7 @@ func (x Tls_ClientAuth) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Tls_ClientAuth.Descriptor instead.
 func (Tls_ClientAuth) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10, 0}
 }
 
 // Method is a way to show who one is.
@@ -295,11 +352,11 @@ func (x Auth_Method) String() string {
 }
 
 func (Auth_Method) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_config_v1_config_proto_enumTypes[4].Descriptor()
+	return file_harvest_config_v1_config_proto_enumTypes[5].Descriptor()
 }
 
 func (Auth_Method) Type() protoreflect.EnumType {
-	return &file_harvest_config_v1_config_proto_enumTypes[4]
+	return &file_harvest_config_v1_config_proto_enumTypes[5]
 }
 
 func (x Auth_Method) Number() protoreflect.EnumNumber {
@@ -308,7 +365,7 @@ func (x Auth_Method) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Auth_Method.Descriptor instead.
 func (Auth_Method) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11, 0}
 }
 
 // Help is what a person who sets a field is told about it.
@@ -409,6 +466,8 @@ type Config struct {
 	Tls *Tls `protobuf:"bytes,10,opt,name=tls,proto3" json:"tls,omitempty"`
 	// Who may call.
 	Auth *Auth `protobuf:"bytes,11,opt,name=auth,proto3" json:"auth,omitempty"`
+	// What sandboxes may reach.
+	Network *Network `protobuf:"bytes,12,opt,name=network,proto3" json:"network,omitempty"`
 	// How much may run at a time.
 	Admission *Admission `protobuf:"bytes,13,opt,name=admission,proto3" json:"admission,omitempty"`
 	// Sandboxes that are kept ready.
@@ -526,6 +585,13 @@ func (x *Config) GetAuth() *Auth {
 	return nil
 }
 
+func (x *Config) GetNetwork() *Network {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 func (x *Config) GetAdmission() *Admission {
 	if x != nil {
 		return x.Admission
@@ -547,6 +613,96 @@ func (x *Config) GetRetention() *Retention {
 	return nil
 }
 
+// Network says what sandboxes may reach over the network.
+type Network struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What a sandbox gets that is asked for without a policy; not more than max_mode.
+	// Default none.
+	DefaultMode Network_Mode `protobuf:"varint,1,opt,name=default_mode,json=defaultMode,proto3,enum=harvest.config.v1.Network_Mode" json:"default_mode,omitempty"`
+	// The rules of the default policy, for default_mode egress and only for it: each
+	// HOST or HOST:PORT,PORT…, where HOST is a name, *.name, an IP address (of version 6
+	// in brackets if ports follow) or a CIDR range, at most 256. In a variable they are
+	// separated by blanks; a flag is given once for each. Default none.
+	DefaultAllow []string `protobuf:"bytes,2,rep,name=default_allow,json=defaultAllow,proto3" json:"default_allow,omitempty"`
+	// The most that a request can ask for. host hands out the host's network, its
+	// loopback included: for development only. Default egress.
+	MaxMode Network_Mode `protobuf:"varint,3,opt,name=max_mode,json=maxMode,proto3,enum=harvest.config.v1.Network_Mode" json:"max_mode,omitempty"`
+	// Ranges of addresses that egress never reaches, whatever the rules say, at most
+	// 256: CIDR. In a variable they are separated by blanks. Default none; private and
+	// special addresses are refused by themselves unless a rule names them.
+	DeniedCidrs []string `protobuf:"bytes,4,rep,name=denied_cidrs,json=deniedCidrs,proto3" json:"denied_cidrs,omitempty"`
+	// The DNS server that resolves names for egress, as IP or IP:PORT. Default empty:
+	// as the host resolves them.
+	Nameserver    string `protobuf:"bytes,5,opt,name=nameserver,proto3" json:"nameserver,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Network) Reset() {
+	*x = Network{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Network) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Network) ProtoMessage() {}
+
+func (x *Network) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Network.ProtoReflect.Descriptor instead.
+func (*Network) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Network) GetDefaultMode() Network_Mode {
+	if x != nil {
+		return x.DefaultMode
+	}
+	return Network_MODE_UNSPECIFIED
+}
+
+func (x *Network) GetDefaultAllow() []string {
+	if x != nil {
+		return x.DefaultAllow
+	}
+	return nil
+}
+
+func (x *Network) GetMaxMode() Network_Mode {
+	if x != nil {
+		return x.MaxMode
+	}
+	return Network_MODE_UNSPECIFIED
+}
+
+func (x *Network) GetDeniedCidrs() []string {
+	if x != nil {
+		return x.DeniedCidrs
+	}
+	return nil
+}
+
+func (x *Network) GetNameserver() string {
+	if x != nil {
+		return x.Nameserver
+	}
+	return ""
+}
+
 // Log says what is logged. The log goes to standard error.
 type Log struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -560,7 +716,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +728,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +741,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Log) GetLevel() Log_Level {
@@ -621,7 +777,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +789,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +802,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Limits) GetMemoryBytes() int64 {
@@ -685,7 +841,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -697,7 +853,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -710,7 +866,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Output) GetDefaultRetainedBytes() int64 {
@@ -751,7 +907,7 @@ type Local struct {
 
 func (x *Local) Reset() {
 	*x = Local{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +919,7 @@ func (x *Local) String() string {
 func (*Local) ProtoMessage() {}
 
 func (x *Local) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +932,7 @@ func (x *Local) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Local.ProtoReflect.Descriptor instead.
 func (*Local) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Local) GetUidBase() uint32 {
@@ -829,7 +985,7 @@ type Admission struct {
 
 func (x *Admission) Reset() {
 	*x = Admission{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +997,7 @@ func (x *Admission) String() string {
 func (*Admission) ProtoMessage() {}
 
 func (x *Admission) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +1010,7 @@ func (x *Admission) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Admission.ProtoReflect.Descriptor instead.
 func (*Admission) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Admission) GetMaxRunning() uint32 {
@@ -902,7 +1058,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -914,7 +1070,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -927,7 +1083,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Pool) GetSize() uint32 {
@@ -966,7 +1122,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -978,7 +1134,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -991,7 +1147,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Retention) GetMaxAge() *durationpb.Duration {
@@ -1036,7 +1192,7 @@ type Tls struct {
 
 func (x *Tls) Reset() {
 	*x = Tls{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1048,7 +1204,7 @@ func (x *Tls) String() string {
 func (*Tls) ProtoMessage() {}
 
 func (x *Tls) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1061,7 +1217,7 @@ func (x *Tls) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tls.ProtoReflect.Descriptor instead.
 func (*Tls) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Tls) GetCertFile() string {
@@ -1110,7 +1266,7 @@ type Auth struct {
 
 func (x *Auth) Reset() {
 	*x = Auth{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1278,7 @@ func (x *Auth) String() string {
 func (*Auth) ProtoMessage() {}
 
 func (x *Auth) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1291,7 @@ func (x *Auth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Auth.ProtoReflect.Descriptor instead.
 func (*Auth) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Auth) GetMethods() []Auth_Method {
@@ -1195,7 +1351,7 @@ type Oidc struct {
 
 func (x *Oidc) Reset() {
 	*x = Oidc{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1207,7 +1363,7 @@ func (x *Oidc) String() string {
 func (*Oidc) ProtoMessage() {}
 
 func (x *Oidc) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1220,7 +1376,7 @@ func (x *Oidc) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Oidc.ProtoReflect.Descriptor instead.
 func (*Oidc) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Oidc) GetIssuer() string {
@@ -1296,7 +1452,7 @@ type Certificates struct {
 
 func (x *Certificates) Reset() {
 	*x = Certificates{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1308,7 +1464,7 @@ func (x *Certificates) String() string {
 func (*Certificates) ProtoMessage() {}
 
 func (x *Certificates) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1321,7 +1477,7 @@ func (x *Certificates) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificates.ProtoReflect.Descriptor instead.
 func (*Certificates) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Certificates) GetUsers() []string {
@@ -1362,7 +1518,7 @@ type Quotas struct {
 
 func (x *Quotas) Reset() {
 	*x = Quotas{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1374,7 +1530,7 @@ func (x *Quotas) String() string {
 func (*Quotas) ProtoMessage() {}
 
 func (x *Quotas) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1387,7 +1543,7 @@ func (x *Quotas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quotas.ProtoReflect.Descriptor instead.
 func (*Quotas) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Quotas) GetRunningExecutions() int64 {
@@ -1438,7 +1594,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
 	"\adefault\x18\x02 \x01(\tR\adefault\x12\x1c\n" +
-	"\tseparator\x18\x03 \x01(\tR\tseparator\"\xb4\b\n" +
+	"\tseparator\x18\x03 \x01(\tR\tseparator\"\xea\b\n" +
 	"\x06Config\x12\x8b\x01\n" +
 	"\x06listen\x18\x01 \x01(\tBs\xbaH\x04r\x02 \x01\x8a\xb5\x18h\n" +
 	"VHOST:PORT or unix:/PATH to listen on; beyond loopback only with TLS and authentication\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -1458,10 +1614,29 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x05local\x18\t \x01(\v2\x18.harvest.config.v1.LocalR\x05local\x12(\n" +
 	"\x03tls\x18\n" +
 	" \x01(\v2\x16.harvest.config.v1.TlsR\x03tls\x12+\n" +
-	"\x04auth\x18\v \x01(\v2\x17.harvest.config.v1.AuthR\x04auth\x12:\n" +
+	"\x04auth\x18\v \x01(\v2\x17.harvest.config.v1.AuthR\x04auth\x124\n" +
+	"\anetwork\x18\f \x01(\v2\x1a.harvest.config.v1.NetworkR\anetwork\x12:\n" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
 	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
-	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\"\x9a\x03\n" +
+	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\"\xe7\x05\n" +
+	"\aNetwork\x12\x91\x01\n" +
+	"\fdefault_mode\x18\x01 \x01(\x0e2\x1f.harvest.config.v1.Network.ModeBM\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18?\n" +
+	"7network of a sandbox that is asked for without a policy\x12\x04noneR\vdefaultMode\x12x\n" +
+	"\rdefault_allow\x18\x02 \x03(\tBS\xbaH\b\x92\x01\x05\x10\x80\x02\x18\x01\x8a\xb5\x18D\n" +
+	"?HOST[:PORT,...] that the default policy allows; may be repeated\x1a\x01 R\fdefaultAllow\x12{\n" +
+	"\bmax_mode\x18\x03 \x01(\x0e2\x1f.harvest.config.v1.Network.ModeB?\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x181\n" +
+	"'most network that a request can ask for\x12\x06egressR\amaxMode\x12\x84\x01\n" +
+	"\fdenied_cidrs\x18\x04 \x03(\tBa\xbaH\b\x92\x01\x05\x10\x80\x02\x18\x01\x8a\xb5\x18R\n" +
+	"MCIDR range that egress never reaches, whatever the rules say; may be repeated\x1a\x01 R\vdeniedCidrs\x12}\n" +
+	"\n" +
+	"nameserver\x18\x05 \x01(\tB]\xbaH\x04r\x02(@\x8a\xb5\x18R\n" +
+	"PIP[:PORT] of the DNS server that resolves names for egress; empty for the host'sR\n" +
+	"nameserver\"K\n" +
+	"\x04Mode\x12\x14\n" +
+	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tMODE_NONE\x10\x01\x12\x0f\n" +
+	"\vMODE_EGRESS\x10\x02\x12\r\n" +
+	"\tMODE_HOST\x10\x03\"\x9a\x03\n" +
 	"\x03Log\x12\x80\x01\n" +
 	"\x05level\x18\x01 \x01(\x0e2\x1c.harvest.config.v1.Log.LevelBL\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18>\n" +
 	"6least level that is logged: debug, info, warn or error\x12\x04infoR\x05level\x12j\n" +
@@ -1610,61 +1785,66 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 	return file_harvest_config_v1_config_proto_rawDescData
 }
 
-var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
-	(Log_Level)(0),                    // 1: harvest.config.v1.Log.Level
-	(Log_Format)(0),                   // 2: harvest.config.v1.Log.Format
-	(Tls_ClientAuth)(0),               // 3: harvest.config.v1.Tls.ClientAuth
-	(Auth_Method)(0),                  // 4: harvest.config.v1.Auth.Method
-	(*Help)(nil),                      // 5: harvest.config.v1.Help
-	(*Config)(nil),                    // 6: harvest.config.v1.Config
-	(*Log)(nil),                       // 7: harvest.config.v1.Log
-	(*Limits)(nil),                    // 8: harvest.config.v1.Limits
-	(*Output)(nil),                    // 9: harvest.config.v1.Output
-	(*Local)(nil),                     // 10: harvest.config.v1.Local
-	(*Admission)(nil),                 // 11: harvest.config.v1.Admission
-	(*Pool)(nil),                      // 12: harvest.config.v1.Pool
-	(*Retention)(nil),                 // 13: harvest.config.v1.Retention
-	(*Tls)(nil),                       // 14: harvest.config.v1.Tls
-	(*Auth)(nil),                      // 15: harvest.config.v1.Auth
-	(*Oidc)(nil),                      // 16: harvest.config.v1.Oidc
-	(*Certificates)(nil),              // 17: harvest.config.v1.Certificates
-	(*Quotas)(nil),                    // 18: harvest.config.v1.Quotas
-	(*durationpb.Duration)(nil),       // 19: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 20: google.protobuf.FieldOptions
+	(Network_Mode)(0),                 // 1: harvest.config.v1.Network.Mode
+	(Log_Level)(0),                    // 2: harvest.config.v1.Log.Level
+	(Log_Format)(0),                   // 3: harvest.config.v1.Log.Format
+	(Tls_ClientAuth)(0),               // 4: harvest.config.v1.Tls.ClientAuth
+	(Auth_Method)(0),                  // 5: harvest.config.v1.Auth.Method
+	(*Help)(nil),                      // 6: harvest.config.v1.Help
+	(*Config)(nil),                    // 7: harvest.config.v1.Config
+	(*Network)(nil),                   // 8: harvest.config.v1.Network
+	(*Log)(nil),                       // 9: harvest.config.v1.Log
+	(*Limits)(nil),                    // 10: harvest.config.v1.Limits
+	(*Output)(nil),                    // 11: harvest.config.v1.Output
+	(*Local)(nil),                     // 12: harvest.config.v1.Local
+	(*Admission)(nil),                 // 13: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 14: harvest.config.v1.Pool
+	(*Retention)(nil),                 // 15: harvest.config.v1.Retention
+	(*Tls)(nil),                       // 16: harvest.config.v1.Tls
+	(*Auth)(nil),                      // 17: harvest.config.v1.Auth
+	(*Oidc)(nil),                      // 18: harvest.config.v1.Oidc
+	(*Certificates)(nil),              // 19: harvest.config.v1.Certificates
+	(*Quotas)(nil),                    // 20: harvest.config.v1.Quotas
+	(*durationpb.Duration)(nil),       // 21: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 22: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	19, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	21, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
-	7,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
-	8,  // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
-	9,  // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
-	10, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	14, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
-	15, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
-	11, // 8: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
-	12, // 9: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	13, // 10: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
-	1,  // 11: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	2,  // 12: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	19, // 13: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	19, // 14: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	19, // 15: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
-	3,  // 16: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
-	4,  // 17: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
-	16, // 18: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
-	17, // 19: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
-	18, // 20: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
-	19, // 21: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
-	20, // 22: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	5,  // 23: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	24, // [24:24] is the sub-list for method output_type
-	24, // [24:24] is the sub-list for method input_type
-	23, // [23:24] is the sub-list for extension type_name
-	22, // [22:23] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	9,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
+	10, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
+	11, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
+	12, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
+	16, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
+	17, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
+	8,  // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
+	13, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	14, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	15, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	1,  // 12: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
+	1,  // 13: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
+	2,  // 14: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	3,  // 15: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	21, // 16: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	21, // 17: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	21, // 18: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	4,  // 19: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
+	5,  // 20: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
+	18, // 21: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
+	19, // 22: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
+	20, // 23: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
+	21, // 24: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
+	22, // 25: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	6,  // 26: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	27, // [27:27] is the sub-list for method output_type
+	27, // [27:27] is the sub-list for method input_type
+	26, // [26:27] is the sub-list for extension type_name
+	25, // [25:26] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -1677,8 +1857,8 @@ func file_harvest_config_v1_config_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   14,
+			NumEnums:      6,
+			NumMessages:   15,
 			NumExtensions: 1,
 			NumServices:   0,
 		},

@@ -120,7 +120,9 @@ type Execution struct {
 	// The detach policy in force.
 	DetachPolicy *DetachPolicy `protobuf:"bytes,15,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
 	// Who started it, as GetCaller names them; empty for one older than that was noted.
-	Owner         string `protobuf:"bytes,16,opt,name=owner,proto3" json:"owner,omitempty"`
+	Owner string `protobuf:"bytes,16,opt,name=owner,proto3" json:"owner,omitempty"`
+	// The network policy in force.
+	Network       *NetworkPolicy `protobuf:"bytes,14,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -260,11 +262,18 @@ func (x *Execution) GetOwner() string {
 	return ""
 }
 
+func (x *Execution) GetNetwork() *NetworkPolicy {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 var File_harvest_executor_v1_execution_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_execution_proto_rawDesc = "" +
 	"\n" +
-	"#harvest/executor/v1/execution.proto\x12\x13harvest.executor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\"\xa4\a\n" +
+	"#harvest/executor/v1/execution.proto\x12\x13harvest.executor.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a!harvest/executor/v1/network.proto\"\xe2\a\n" +
 	"\tExecution\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x126\n" +
 	"\acommand\x18\x02 \x01(\v2\x1c.harvest.executor.v1.CommandR\acommand\x12:\n" +
@@ -283,7 +292,8 @@ const file_harvest_executor_v1_execution_proto_rawDesc = "" +
 	"\bend_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12B\n" +
 	"\x06labels\x18\r \x03(\v2*.harvest.executor.v1.Execution.LabelsEntryR\x06labels\x12F\n" +
 	"\rdetach_policy\x18\x0f \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12\x14\n" +
-	"\x05owner\x18\x10 \x01(\tR\x05owner\x1a9\n" +
+	"\x05owner\x18\x10 \x01(\tR\x05owner\x12<\n" +
+	"\anetwork\x18\x0e \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"j\n" +
@@ -320,6 +330,7 @@ var file_harvest_executor_v1_execution_proto_goTypes = []any{
 	(*Cursor)(nil),                // 7: harvest.executor.v1.Cursor
 	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
 	(*DetachPolicy)(nil),          // 9: harvest.executor.v1.DetachPolicy
+	(*NetworkPolicy)(nil),         // 10: harvest.executor.v1.NetworkPolicy
 }
 var file_harvest_executor_v1_execution_proto_depIdxs = []int32{
 	3,  // 0: harvest.executor.v1.Execution.command:type_name -> harvest.executor.v1.Command
@@ -333,11 +344,12 @@ var file_harvest_executor_v1_execution_proto_depIdxs = []int32{
 	8,  // 8: harvest.executor.v1.Execution.end_time:type_name -> google.protobuf.Timestamp
 	2,  // 9: harvest.executor.v1.Execution.labels:type_name -> harvest.executor.v1.Execution.LabelsEntry
 	9,  // 10: harvest.executor.v1.Execution.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	10, // 11: harvest.executor.v1.Execution.network:type_name -> harvest.executor.v1.NetworkPolicy
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_execution_proto_init() }
@@ -347,6 +359,7 @@ func file_harvest_executor_v1_execution_proto_init() {
 	}
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_event_proto_init()
+	file_harvest_executor_v1_network_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -112,7 +112,12 @@ type ExecuteRequest struct {
 	// REQUEST_ID_REUSED. What was refused is not remembered.
 	RequestId string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// What happens when nobody watches any more.
-	DetachPolicy  *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	DetachPolicy *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	// What the fresh sandbox may reach; the server's default if absent. Not with a
+	// parent: a session's sandbox has its own policy (INVALID_ARGUMENT, reason
+	// NETWORK_WITH_PARENT). FAILED_PRECONDITION with reason NETWORK_NOT_ALLOWED for more
+	// than the operator allows, NETWORK_NOT_AVAILABLE for what the engine cannot do.
+	Network       *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -203,6 +208,13 @@ func (x *ExecuteRequest) GetDetachPolicy() *DetachPolicy {
 	return nil
 }
 
+func (x *ExecuteRequest) GetNetwork() *NetworkPolicy {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 // ExecuteResponse is one event.
 type ExecuteResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -265,7 +277,9 @@ type StartExecutionRequest struct {
 	// As in ExecuteRequest; a repeat is answered with the same execution as it is now.
 	RequestId string `protobuf:"bytes,7,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// What happens when nobody watches. With MODE_CANCEL the grace begins at once.
-	DetachPolicy  *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	DetachPolicy *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
+	// As in ExecuteRequest.
+	Network       *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -345,6 +359,13 @@ func (x *StartExecutionRequest) GetRequestId() string {
 func (x *StartExecutionRequest) GetDetachPolicy() *DetachPolicy {
 	if x != nil {
 		return x.DetachPolicy
+	}
+	return nil
+}
+
+func (x *StartExecutionRequest) GetNetwork() *NetworkPolicy {
+	if x != nil {
+		return x.Network
 	}
 	return nil
 }
@@ -1913,7 +1934,7 @@ var File_harvest_executor_v1_executor_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
-	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\"\x86\x06\n" +
+	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\x1a!harvest/executor/v1/network.proto\"\xc4\x06\n" +
 	"\x0eExecuteRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1924,12 +1945,13 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\x12heartbeat_interval\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x03\b\xac\x022\x02\b\x01R\x11heartbeatInterval\x12<\n" +
 	"\n" +
 	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12F\n" +
-	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x1a9\n" +
+	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12<\n" +
+	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
 	"\x0fExecuteResponse\x120\n" +
-	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xb9\x05\n" +
+	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xf7\x05\n" +
 	"\x15StartExecutionRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1939,7 +1961,8 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\x06labels\x18\x05 \x03(\v26.harvest.executor.v1.StartExecutionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x12<\n" +
 	"\n" +
 	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12F\n" +
-	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x1a9\n" +
+	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12<\n" +
+	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
@@ -2117,12 +2140,13 @@ var file_harvest_executor_v1_executor_service_proto_goTypes = []any{
 	(*OutputPolicy)(nil),            // 33: harvest.executor.v1.OutputPolicy
 	(*durationpb.Duration)(nil),     // 34: google.protobuf.Duration
 	(*DetachPolicy)(nil),            // 35: harvest.executor.v1.DetachPolicy
-	(*Event)(nil),                   // 36: harvest.executor.v1.Event
-	(*Execution)(nil),               // 37: harvest.executor.v1.Execution
-	(*Cursor)(nil),                  // 38: harvest.executor.v1.Cursor
-	(Stream)(0),                     // 39: harvest.executor.v1.Stream
-	(*fieldmaskpb.FieldMask)(nil),   // 40: google.protobuf.FieldMask
-	(*TerminalSize)(nil),            // 41: harvest.executor.v1.TerminalSize
+	(*NetworkPolicy)(nil),           // 36: harvest.executor.v1.NetworkPolicy
+	(*Event)(nil),                   // 37: harvest.executor.v1.Event
+	(*Execution)(nil),               // 38: harvest.executor.v1.Execution
+	(*Cursor)(nil),                  // 39: harvest.executor.v1.Cursor
+	(Stream)(0),                     // 40: harvest.executor.v1.Stream
+	(*fieldmaskpb.FieldMask)(nil),   // 41: google.protobuf.FieldMask
+	(*TerminalSize)(nil),            // 42: harvest.executor.v1.TerminalSize
 }
 var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	31, // 0: harvest.executor.v1.ExecuteRequest.command:type_name -> harvest.executor.v1.Command
@@ -2131,63 +2155,65 @@ var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	29, // 3: harvest.executor.v1.ExecuteRequest.labels:type_name -> harvest.executor.v1.ExecuteRequest.LabelsEntry
 	34, // 4: harvest.executor.v1.ExecuteRequest.heartbeat_interval:type_name -> google.protobuf.Duration
 	35, // 5: harvest.executor.v1.ExecuteRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	36, // 6: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
-	31, // 7: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
-	32, // 8: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
-	33, // 9: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
-	30, // 10: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
-	35, // 11: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	37, // 12: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	38, // 13: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
-	34, // 14: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
-	36, // 15: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
-	39, // 16: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
-	34, // 17: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
-	37, // 18: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	40, // 19: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
-	37, // 20: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	40, // 21: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
-	37, // 22: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
-	34, // 23: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
-	37, // 24: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	22, // 25: harvest.executor.v1.AttachExecutionRequest.start:type_name -> harvest.executor.v1.AttachStart
-	23, // 26: harvest.executor.v1.AttachExecutionRequest.input:type_name -> harvest.executor.v1.AttachInput
-	41, // 27: harvest.executor.v1.AttachExecutionRequest.resize:type_name -> harvest.executor.v1.TerminalSize
-	24, // 28: harvest.executor.v1.AttachExecutionRequest.close_input:type_name -> harvest.executor.v1.AttachCloseInput
-	38, // 29: harvest.executor.v1.AttachStart.after:type_name -> harvest.executor.v1.Cursor
-	34, // 30: harvest.executor.v1.AttachStart.heartbeat_interval:type_name -> google.protobuf.Duration
-	36, // 31: harvest.executor.v1.AttachExecutionResponse.event:type_name -> harvest.executor.v1.Event
-	26, // 32: harvest.executor.v1.AttachExecutionResponse.input:type_name -> harvest.executor.v1.InputState
-	0,  // 33: harvest.executor.v1.SignalExecutionRequest.scope:type_name -> harvest.executor.v1.SignalScope
-	1,  // 34: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
-	3,  // 35: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
-	5,  // 36: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
-	7,  // 37: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
-	9,  // 38: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
-	11, // 39: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
-	13, // 40: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
-	15, // 41: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
-	19, // 42: harvest.executor.v1.ExecutorService.WriteInput:input_type -> harvest.executor.v1.WriteInputRequest
-	21, // 43: harvest.executor.v1.ExecutorService.AttachExecution:input_type -> harvest.executor.v1.AttachExecutionRequest
-	27, // 44: harvest.executor.v1.ExecutorService.SignalExecution:input_type -> harvest.executor.v1.SignalExecutionRequest
-	17, // 45: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
-	2,  // 46: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
-	4,  // 47: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
-	6,  // 48: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
-	8,  // 49: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
-	10, // 50: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
-	12, // 51: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
-	14, // 52: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
-	16, // 53: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
-	20, // 54: harvest.executor.v1.ExecutorService.WriteInput:output_type -> harvest.executor.v1.WriteInputResponse
-	25, // 55: harvest.executor.v1.ExecutorService.AttachExecution:output_type -> harvest.executor.v1.AttachExecutionResponse
-	28, // 56: harvest.executor.v1.ExecutorService.SignalExecution:output_type -> harvest.executor.v1.SignalExecutionResponse
-	18, // 57: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
-	46, // [46:58] is the sub-list for method output_type
-	34, // [34:46] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	36, // 6: harvest.executor.v1.ExecuteRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
+	37, // 7: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
+	31, // 8: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
+	32, // 9: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
+	33, // 10: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
+	30, // 11: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
+	35, // 12: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
+	36, // 13: harvest.executor.v1.StartExecutionRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
+	38, // 14: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	39, // 15: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
+	34, // 16: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
+	37, // 17: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
+	40, // 18: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
+	34, // 19: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
+	38, // 20: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	41, // 21: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	38, // 22: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	41, // 23: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	38, // 24: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
+	34, // 25: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
+	38, // 26: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	22, // 27: harvest.executor.v1.AttachExecutionRequest.start:type_name -> harvest.executor.v1.AttachStart
+	23, // 28: harvest.executor.v1.AttachExecutionRequest.input:type_name -> harvest.executor.v1.AttachInput
+	42, // 29: harvest.executor.v1.AttachExecutionRequest.resize:type_name -> harvest.executor.v1.TerminalSize
+	24, // 30: harvest.executor.v1.AttachExecutionRequest.close_input:type_name -> harvest.executor.v1.AttachCloseInput
+	39, // 31: harvest.executor.v1.AttachStart.after:type_name -> harvest.executor.v1.Cursor
+	34, // 32: harvest.executor.v1.AttachStart.heartbeat_interval:type_name -> google.protobuf.Duration
+	37, // 33: harvest.executor.v1.AttachExecutionResponse.event:type_name -> harvest.executor.v1.Event
+	26, // 34: harvest.executor.v1.AttachExecutionResponse.input:type_name -> harvest.executor.v1.InputState
+	0,  // 35: harvest.executor.v1.SignalExecutionRequest.scope:type_name -> harvest.executor.v1.SignalScope
+	1,  // 36: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
+	3,  // 37: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
+	5,  // 38: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
+	7,  // 39: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
+	9,  // 40: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
+	11, // 41: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
+	13, // 42: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
+	15, // 43: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
+	19, // 44: harvest.executor.v1.ExecutorService.WriteInput:input_type -> harvest.executor.v1.WriteInputRequest
+	21, // 45: harvest.executor.v1.ExecutorService.AttachExecution:input_type -> harvest.executor.v1.AttachExecutionRequest
+	27, // 46: harvest.executor.v1.ExecutorService.SignalExecution:input_type -> harvest.executor.v1.SignalExecutionRequest
+	17, // 47: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
+	2,  // 48: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
+	4,  // 49: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
+	6,  // 50: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
+	8,  // 51: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
+	10, // 52: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
+	12, // 53: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
+	14, // 54: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
+	16, // 55: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
+	20, // 56: harvest.executor.v1.ExecutorService.WriteInput:output_type -> harvest.executor.v1.WriteInputResponse
+	25, // 57: harvest.executor.v1.ExecutorService.AttachExecution:output_type -> harvest.executor.v1.AttachExecutionResponse
+	28, // 58: harvest.executor.v1.ExecutorService.SignalExecution:output_type -> harvest.executor.v1.SignalExecutionResponse
+	18, // 59: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
+	48, // [48:60] is the sub-list for method output_type
+	36, // [36:48] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_executor_service_proto_init() }
@@ -2199,6 +2225,7 @@ func file_harvest_executor_v1_executor_service_proto_init() {
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_event_proto_init()
 	file_harvest_executor_v1_execution_proto_init()
+	file_harvest_executor_v1_network_proto_init()
 	file_harvest_executor_v1_executor_service_proto_msgTypes[18].OneofWrappers = []any{}
 	file_harvest_executor_v1_executor_service_proto_msgTypes[20].OneofWrappers = []any{
 		(*AttachExecutionRequest_Start)(nil),

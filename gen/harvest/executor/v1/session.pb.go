@@ -180,7 +180,9 @@ type Session struct {
 	// Labels given at creation.
 	Labels map[string]string `protobuf:"bytes,12,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Who created it, as GetCaller names them; empty for one older than that was noted.
-	Owner         string `protobuf:"bytes,14,opt,name=owner,proto3" json:"owner,omitempty"`
+	Owner string `protobuf:"bytes,14,opt,name=owner,proto3" json:"owner,omitempty"`
+	// The network policy in force.
+	Network       *NetworkPolicy `protobuf:"bytes,13,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -306,11 +308,18 @@ func (x *Session) GetOwner() string {
 	return ""
 }
 
+func (x *Session) GetNetwork() *NetworkPolicy {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
 var File_harvest_executor_v1_session_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_proto_rawDesc = "" +
 	"\n" +
-	"!harvest/executor/v1/session.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\"\xc1\a\n" +
+	"!harvest/executor/v1/session.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\"\xff\a\n" +
 	"\aSession\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".harvest.executor.v1.Session.StateR\x05state\x12E\n" +
@@ -328,7 +337,8 @@ const file_harvest_executor_v1_session_proto_rawDesc = "" +
 	"expireTime\x125\n" +
 	"\bend_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12@\n" +
 	"\x06labels\x18\f \x03(\v2(.harvest.executor.v1.Session.LabelsEntryR\x06labels\x12\x14\n" +
-	"\x05owner\x18\x0e \x01(\tR\x05owner\x1a9\n" +
+	"\x05owner\x18\x0e \x01(\tR\x05owner\x12<\n" +
+	"\anetwork\x18\r \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
@@ -369,6 +379,7 @@ var file_harvest_executor_v1_session_proto_goTypes = []any{
 	(*Limits)(nil),                // 4: harvest.executor.v1.Limits
 	(*durationpb.Duration)(nil),   // 5: google.protobuf.Duration
 	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*NetworkPolicy)(nil),         // 7: harvest.executor.v1.NetworkPolicy
 }
 var file_harvest_executor_v1_session_proto_depIdxs = []int32{
 	0, // 0: harvest.executor.v1.Session.state:type_name -> harvest.executor.v1.Session.State
@@ -379,11 +390,12 @@ var file_harvest_executor_v1_session_proto_depIdxs = []int32{
 	6, // 5: harvest.executor.v1.Session.expire_time:type_name -> google.protobuf.Timestamp
 	6, // 6: harvest.executor.v1.Session.end_time:type_name -> google.protobuf.Timestamp
 	3, // 7: harvest.executor.v1.Session.labels:type_name -> harvest.executor.v1.Session.LabelsEntry
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	7, // 8: harvest.executor.v1.Session.network:type_name -> harvest.executor.v1.NetworkPolicy
+	9, // [9:9] is the sub-list for method output_type
+	9, // [9:9] is the sub-list for method input_type
+	9, // [9:9] is the sub-list for extension type_name
+	9, // [9:9] is the sub-list for extension extendee
+	0, // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_session_proto_init() }
@@ -392,6 +404,7 @@ func file_harvest_executor_v1_session_proto_init() {
 		return
 	}
 	file_harvest_executor_v1_command_proto_init()
+	file_harvest_executor_v1_network_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -41,7 +41,10 @@ type CreateSessionRequest struct {
 	// with the same parameters is answered with the same session as it is now. With
 	// other parameters or of another method: ALREADY_EXISTS, reason REQUEST_ID_REUSED.
 	// What was refused is not remembered.
-	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// What its sandbox may reach; the server's default if absent. FAILED_PRECONDITION
+	// with reason NETWORK_NOT_ALLOWED for more than the operator allows.
+	Network       *NetworkPolicy `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -102,6 +105,13 @@ func (x *CreateSessionRequest) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *CreateSessionRequest) GetNetwork() *NetworkPolicy {
+	if x != nil {
+		return x.Network
+	}
+	return nil
 }
 
 // CreateSessionResponse answers a creation.
@@ -528,13 +538,14 @@ var File_harvest_executor_v1_session_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	"\n" +
-	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/session.proto\"\xa2\x03\n" +
+	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\x1a!harvest/executor/v1/session.proto\"\xe0\x03\n" +
 	"\x14CreateSessionRequest\x123\n" +
 	"\x06limits\x18\x01 \x01(\v2\x1b.harvest.executor.v1.LimitsR\x06limits\x12H\n" +
 	"\blifetime\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\blifetime\x12\x91\x01\n" +
 	"\x06labels\x18\x03 \x03(\v25.harvest.executor.v1.CreateSessionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x12<\n" +
 	"\n" +
-	"request_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x1a9\n" +
+	"request_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12<\n" +
+	"\anetwork\x18\x05 \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
@@ -598,33 +609,35 @@ var file_harvest_executor_v1_session_service_proto_goTypes = []any{
 	nil,                              // 8: harvest.executor.v1.CreateSessionRequest.LabelsEntry
 	(*Limits)(nil),                   // 9: harvest.executor.v1.Limits
 	(*durationpb.Duration)(nil),      // 10: google.protobuf.Duration
-	(*Session)(nil),                  // 11: harvest.executor.v1.Session
-	(*fieldmaskpb.FieldMask)(nil),    // 12: google.protobuf.FieldMask
+	(*NetworkPolicy)(nil),            // 11: harvest.executor.v1.NetworkPolicy
+	(*Session)(nil),                  // 12: harvest.executor.v1.Session
+	(*fieldmaskpb.FieldMask)(nil),    // 13: google.protobuf.FieldMask
 }
 var file_harvest_executor_v1_session_service_proto_depIdxs = []int32{
 	9,  // 0: harvest.executor.v1.CreateSessionRequest.limits:type_name -> harvest.executor.v1.Limits
 	10, // 1: harvest.executor.v1.CreateSessionRequest.lifetime:type_name -> google.protobuf.Duration
 	8,  // 2: harvest.executor.v1.CreateSessionRequest.labels:type_name -> harvest.executor.v1.CreateSessionRequest.LabelsEntry
-	11, // 3: harvest.executor.v1.CreateSessionResponse.session:type_name -> harvest.executor.v1.Session
-	10, // 4: harvest.executor.v1.GetSessionRequest.wait:type_name -> google.protobuf.Duration
-	12, // 5: harvest.executor.v1.GetSessionRequest.read_mask:type_name -> google.protobuf.FieldMask
-	11, // 6: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
-	12, // 7: harvest.executor.v1.ListSessionsRequest.read_mask:type_name -> google.protobuf.FieldMask
-	11, // 8: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
-	11, // 9: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
-	0,  // 10: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
-	2,  // 11: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
-	4,  // 12: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
-	6,  // 13: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
-	1,  // 14: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
-	3,  // 15: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
-	5,  // 16: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
-	7,  // 17: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
-	14, // [14:18] is the sub-list for method output_type
-	10, // [10:14] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	11, // 3: harvest.executor.v1.CreateSessionRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
+	12, // 4: harvest.executor.v1.CreateSessionResponse.session:type_name -> harvest.executor.v1.Session
+	10, // 5: harvest.executor.v1.GetSessionRequest.wait:type_name -> google.protobuf.Duration
+	13, // 6: harvest.executor.v1.GetSessionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	12, // 7: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
+	13, // 8: harvest.executor.v1.ListSessionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	12, // 9: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
+	12, // 10: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
+	0,  // 11: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
+	2,  // 12: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
+	4,  // 13: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
+	6,  // 14: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
+	1,  // 15: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
+	3,  // 16: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
+	5,  // 17: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
+	7,  // 18: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
+	15, // [15:19] is the sub-list for method output_type
+	11, // [11:15] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_session_service_proto_init() }
@@ -634,6 +647,7 @@ func file_harvest_executor_v1_session_service_proto_init() {
 	}
 	file_harvest_executor_v1_authorization_proto_init()
 	file_harvest_executor_v1_command_proto_init()
+	file_harvest_executor_v1_network_proto_init()
 	file_harvest_executor_v1_session_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{

@@ -360,6 +360,8 @@ type Request struct {
 	//	*Request_Write
 	//	*Request_Resize
 	//	*Request_Signal
+	//	*Request_Listen
+	//	*Request_Accept
 	Call          isRequest_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -481,6 +483,24 @@ func (x *Request) GetSignal() *SignalRequest {
 	return nil
 }
 
+func (x *Request) GetListen() *ListenRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Listen); ok {
+			return x.Listen
+		}
+	}
+	return nil
+}
+
+func (x *Request) GetAccept() *AcceptRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Accept); ok {
+			return x.Accept
+		}
+	}
+	return nil
+}
+
 type isRequest_Call interface {
 	isRequest_Call()
 }
@@ -525,6 +545,16 @@ type Request_Signal struct {
 	Signal *SignalRequest `protobuf:"bytes,9,opt,name=signal,proto3,oneof"`
 }
 
+type Request_Listen struct {
+	// Makes a listener on the sandbox's loopback.
+	Listen *ListenRequest `protobuf:"bytes,12,opt,name=listen,proto3,oneof"`
+}
+
+type Request_Accept struct {
+	// Turns this pipe into the next connection to a listener.
+	Accept *AcceptRequest `protobuf:"bytes,13,opt,name=accept,proto3,oneof"`
+}
+
 func (*Request_Start) isRequest_Call() {}
 
 func (*Request_Read) isRequest_Call() {}
@@ -540,6 +570,10 @@ func (*Request_Write) isRequest_Call() {}
 func (*Request_Resize) isRequest_Call() {}
 
 func (*Request_Signal) isRequest_Call() {}
+
+func (*Request_Listen) isRequest_Call() {}
+
+func (*Request_Accept) isRequest_Call() {}
 
 // Response is the guest's answer to one request.
 type Response struct {
@@ -559,6 +593,8 @@ type Response struct {
 	//	*Response_Write
 	//	*Response_Resize
 	//	*Response_Signal
+	//	*Response_Listen
+	//	*Response_Accept
 	Answer        isResponse_Answer `protobuf_oneof:"answer"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -689,6 +725,24 @@ func (x *Response) GetSignal() *SignalResponse {
 	return nil
 }
 
+func (x *Response) GetListen() *ListenResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Listen); ok {
+			return x.Listen
+		}
+	}
+	return nil
+}
+
+func (x *Response) GetAccept() *AcceptResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Accept); ok {
+			return x.Accept
+		}
+	}
+	return nil
+}
+
 type isResponse_Answer interface {
 	isResponse_Answer()
 }
@@ -738,6 +792,16 @@ type Response_Signal struct {
 	Signal *SignalResponse `protobuf:"bytes,10,opt,name=signal,proto3,oneof"`
 }
 
+type Response_Listen struct {
+	// Answers listen.
+	Listen *ListenResponse `protobuf:"bytes,12,opt,name=listen,proto3,oneof"`
+}
+
+type Response_Accept struct {
+	// Answers accept.
+	Accept *AcceptResponse `protobuf:"bytes,13,opt,name=accept,proto3,oneof"`
+}
+
 func (*Response_Error) isResponse_Answer() {}
 
 func (*Response_Start) isResponse_Answer() {}
@@ -755,6 +819,10 @@ func (*Response_Write) isResponse_Answer() {}
 func (*Response_Resize) isResponse_Answer() {}
 
 func (*Response_Signal) isResponse_Answer() {}
+
+func (*Response_Listen) isResponse_Answer() {}
+
+func (*Response_Accept) isResponse_Answer() {}
 
 // Error says why a call was not done.
 type Error struct {
@@ -2112,6 +2180,198 @@ func (x *InfoResponse) GetCommandCgroups() bool {
 	return false
 }
 
+// ListenRequest makes a TCP listener on 127.0.0.1 of the sandbox. A repeat with the
+// name of a listener that there is changes nothing and answers with that one. It
+// lives as long as the guest.
+type ListenRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The listener's name; 1 to 63 characters of a-z, 0-9 and "-". At most 8 listeners.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The port; 0 for any free one.
+	Port          uint32 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListenRequest) Reset() {
+	*x = ListenRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListenRequest) ProtoMessage() {}
+
+func (x *ListenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListenRequest.ProtoReflect.Descriptor instead.
+func (*ListenRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ListenRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListenRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+// ListenResponse says where the listener is.
+type ListenResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The port.
+	Port          uint32 `protobuf:"varint,1,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListenResponse) Reset() {
+	*x = ListenResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListenResponse) ProtoMessage() {}
+
+func (x *ListenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListenResponse.ProtoReflect.Descriptor instead.
+func (*ListenResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ListenResponse) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+// AcceptRequest asks for the next connection to a listener. It must be the only
+// request that its pipe ever carries. When somebody connects, the guest answers, and
+// from then on the pipe is that connection: bytes both ways, without frames, each
+// direction closed by itself. executord sends nothing before the answer. Until then
+// the end of the pipe gives the request up.
+//
+// A connection that nobody asks for within 3 seconds is reset: executord is away.
+type AcceptRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The listener's name; KIND_NOT_FOUND if there is none.
+	Listener      string `protobuf:"bytes,1,opt,name=listener,proto3" json:"listener,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptRequest) Reset() {
+	*x = AcceptRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptRequest) ProtoMessage() {}
+
+func (x *AcceptRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptRequest.ProtoReflect.Descriptor instead.
+func (*AcceptRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *AcceptRequest) GetListener() string {
+	if x != nil {
+		return x.Listener
+	}
+	return ""
+}
+
+// AcceptResponse is the last frame on its pipe.
+type AcceptResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptResponse) Reset() {
+	*x = AcceptResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptResponse) ProtoMessage() {}
+
+func (x *AcceptResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptResponse.ProtoReflect.Descriptor instead.
+func (*AcceptResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{25}
+}
+
 // Setup is the first frame that a guest on the local engine reads, from an
 // inherited socket, before it is process 1 of anything useful: how to build its
 // root file system and how to give up its privileges. File descriptors that it
@@ -2144,14 +2404,17 @@ type Setup struct {
 	HeldFds []uint32 `protobuf:"varint,10,rep,packed,name=held_fds,json=heldFds,proto3" json:"held_fds,omitempty"`
 	// The sandbox's only user and group is root, because the host's user may map no
 	// more. Files of others belong to nobody.
-	SingleUser    bool `protobuf:"varint,11,opt,name=single_user,json=singleUser,proto3" json:"single_user,omitempty"`
+	SingleUser bool `protobuf:"varint,11,opt,name=single_user,json=singleUser,proto3" json:"single_user,omitempty"`
+	// The sandbox has the network of the host instead of one of its own: there is no
+	// loopback interface to bring up.
+	HostNetwork   bool `protobuf:"varint,20,opt,name=host_network,json=hostNetwork,proto3" json:"host_network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Setup) Reset() {
 	*x = Setup{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2163,7 +2426,7 @@ func (x *Setup) String() string {
 func (*Setup) ProtoMessage() {}
 
 func (x *Setup) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[22]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2176,7 +2439,7 @@ func (x *Setup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setup.ProtoReflect.Descriptor instead.
 func (*Setup) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{22}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Setup) GetHostname() string {
@@ -2256,6 +2519,13 @@ func (x *Setup) GetSingleUser() bool {
 	return false
 }
 
+func (x *Setup) GetHostNetwork() bool {
+	if x != nil {
+		return x.HostNetwork
+	}
+	return false
+}
+
 // Overlay is one overlay file system of the sandbox's root.
 type Overlay struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2273,7 +2543,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[23]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +2555,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[23]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +2568,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{23}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Overlay) GetTarget() string {
@@ -2345,7 +2615,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[24]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2357,7 +2627,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[24]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2370,7 +2640,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{24}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Layer) GetSource() isLayer_Source {
@@ -2427,7 +2697,7 @@ type SetupResult struct {
 
 func (x *SetupResult) Reset() {
 	*x = SetupResult{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[25]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2439,7 +2709,7 @@ func (x *SetupResult) String() string {
 func (*SetupResult) ProtoMessage() {}
 
 func (x *SetupResult) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[25]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2452,7 +2722,7 @@ func (x *SetupResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupResult.ProtoReflect.Descriptor instead.
 func (*SetupResult) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{25}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SetupResult) GetError() string {
@@ -2466,7 +2736,7 @@ var File_harvest_guest_v1_guest_proto protoreflect.FileDescriptor
 
 const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xe4\x03\n" +
+	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xda\x04\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x126\n" +
 	"\x05start\x18\x02 \x01(\v2\x1e.harvest.guest.v1.StartRequestH\x00R\x05start\x123\n" +
@@ -2476,8 +2746,10 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x04info\x18\x06 \x01(\v2\x1d.harvest.guest.v1.InfoRequestH\x00R\x04info\x126\n" +
 	"\x05write\x18\a \x01(\v2\x1e.harvest.guest.v1.WriteRequestH\x00R\x05write\x129\n" +
 	"\x06resize\x18\b \x01(\v2\x1f.harvest.guest.v1.ResizeRequestH\x00R\x06resize\x129\n" +
-	"\x06signal\x18\t \x01(\v2\x1f.harvest.guest.v1.SignalRequestH\x00R\x06signalB\x06\n" +
-	"\x04call\"\xa0\x04\n" +
+	"\x06signal\x18\t \x01(\v2\x1f.harvest.guest.v1.SignalRequestH\x00R\x06signal\x129\n" +
+	"\x06listen\x18\f \x01(\v2\x1f.harvest.guest.v1.ListenRequestH\x00R\x06listen\x129\n" +
+	"\x06accept\x18\r \x01(\v2\x1f.harvest.guest.v1.AcceptRequestH\x00R\x06acceptB\x06\n" +
+	"\x04call\"\x98\x05\n" +
 	"\bResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12/\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.harvest.guest.v1.ErrorH\x00R\x05error\x127\n" +
@@ -2489,7 +2761,9 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x05write\x18\b \x01(\v2\x1f.harvest.guest.v1.WriteResponseH\x00R\x05write\x12:\n" +
 	"\x06resize\x18\t \x01(\v2 .harvest.guest.v1.ResizeResponseH\x00R\x06resize\x12:\n" +
 	"\x06signal\x18\n" +
-	" \x01(\v2 .harvest.guest.v1.SignalResponseH\x00R\x06signalB\b\n" +
+	" \x01(\v2 .harvest.guest.v1.SignalResponseH\x00R\x06signal\x12:\n" +
+	"\x06listen\x18\f \x01(\v2 .harvest.guest.v1.ListenResponseH\x00R\x06listen\x12:\n" +
+	"\x06accept\x18\r \x01(\v2 .harvest.guest.v1.AcceptResponseH\x00R\x06acceptB\b\n" +
 	"\x06answer\"\xf7\x02\n" +
 	"\x05Error\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.harvest.guest.v1.Error.KindR\x04kind\x12\x18\n" +
@@ -2608,7 +2882,15 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
 	"executions\x18\x02 \x03(\tR\n" +
 	"executions\x12'\n" +
-	"\x0fcommand_cgroups\x18\x03 \x01(\bR\x0ecommandCgroups\"\x8a\x03\n" +
+	"\x0fcommand_cgroups\x18\x03 \x01(\bR\x0ecommandCgroups\"7\n" +
+	"\rListenRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"$\n" +
+	"\x0eListenResponse\x12\x12\n" +
+	"\x04port\x18\x01 \x01(\rR\x04port\"+\n" +
+	"\rAcceptRequest\x12\x1a\n" +
+	"\blistener\x18\x01 \x01(\tR\blistener\"\x10\n" +
+	"\x0eAcceptResponse\"\xad\x03\n" +
 	"\x05Setup\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x125\n" +
 	"\boverlays\x18\x02 \x03(\v2\x19.harvest.guest.v1.OverlayR\boverlays\x12\x1b\n" +
@@ -2623,7 +2905,8 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\bheld_fds\x18\n" +
 	" \x03(\rR\aheldFds\x12\x1f\n" +
 	"\vsingle_user\x18\v \x01(\bR\n" +
-	"singleUserB\f\n" +
+	"singleUser\x12!\n" +
+	"\fhost_network\x18\x14 \x01(\bR\vhostNetworkB\f\n" +
 	"\n" +
 	"_cgroup_fd\"\xaa\x01\n" +
 	"\aOverlay\x12\x16\n" +
@@ -2666,7 +2949,7 @@ func file_harvest_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(Stream)(0),              // 0: harvest.guest.v1.Stream
 	(ReadMode)(0),            // 1: harvest.guest.v1.ReadMode
@@ -2695,10 +2978,14 @@ var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(*ReleaseResponse)(nil),  // 24: harvest.guest.v1.ReleaseResponse
 	(*InfoRequest)(nil),      // 25: harvest.guest.v1.InfoRequest
 	(*InfoResponse)(nil),     // 26: harvest.guest.v1.InfoResponse
-	(*Setup)(nil),            // 27: harvest.guest.v1.Setup
-	(*Overlay)(nil),          // 28: harvest.guest.v1.Overlay
-	(*Layer)(nil),            // 29: harvest.guest.v1.Layer
-	(*SetupResult)(nil),      // 30: harvest.guest.v1.SetupResult
+	(*ListenRequest)(nil),    // 27: harvest.guest.v1.ListenRequest
+	(*ListenResponse)(nil),   // 28: harvest.guest.v1.ListenResponse
+	(*AcceptRequest)(nil),    // 29: harvest.guest.v1.AcceptRequest
+	(*AcceptResponse)(nil),   // 30: harvest.guest.v1.AcceptResponse
+	(*Setup)(nil),            // 31: harvest.guest.v1.Setup
+	(*Overlay)(nil),          // 32: harvest.guest.v1.Overlay
+	(*Layer)(nil),            // 33: harvest.guest.v1.Layer
+	(*SetupResult)(nil),      // 34: harvest.guest.v1.SetupResult
 }
 var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	8,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
@@ -2709,32 +2996,36 @@ var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	16, // 5: harvest.guest.v1.Request.write:type_name -> harvest.guest.v1.WriteRequest
 	18, // 6: harvest.guest.v1.Request.resize:type_name -> harvest.guest.v1.ResizeRequest
 	20, // 7: harvest.guest.v1.Request.signal:type_name -> harvest.guest.v1.SignalRequest
-	7,  // 8: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
-	10, // 9: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
-	12, // 10: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
-	15, // 11: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
-	24, // 12: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
-	26, // 13: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
-	17, // 14: harvest.guest.v1.Response.write:type_name -> harvest.guest.v1.WriteResponse
-	19, // 15: harvest.guest.v1.Response.resize:type_name -> harvest.guest.v1.ResizeResponse
-	21, // 16: harvest.guest.v1.Response.signal:type_name -> harvest.guest.v1.SignalResponse
-	3,  // 17: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
-	9,  // 18: harvest.guest.v1.StartRequest.terminal:type_name -> harvest.guest.v1.TerminalSize
-	1,  // 19: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
-	13, // 20: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
-	22, // 21: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
-	0,  // 22: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
-	9,  // 23: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
-	4,  // 24: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
-	2,  // 25: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
-	28, // 26: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
-	29, // 27: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
-	29, // 28: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	27, // 8: harvest.guest.v1.Request.listen:type_name -> harvest.guest.v1.ListenRequest
+	29, // 9: harvest.guest.v1.Request.accept:type_name -> harvest.guest.v1.AcceptRequest
+	7,  // 10: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
+	10, // 11: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
+	12, // 12: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
+	15, // 13: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
+	24, // 14: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
+	26, // 15: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
+	17, // 16: harvest.guest.v1.Response.write:type_name -> harvest.guest.v1.WriteResponse
+	19, // 17: harvest.guest.v1.Response.resize:type_name -> harvest.guest.v1.ResizeResponse
+	21, // 18: harvest.guest.v1.Response.signal:type_name -> harvest.guest.v1.SignalResponse
+	28, // 19: harvest.guest.v1.Response.listen:type_name -> harvest.guest.v1.ListenResponse
+	30, // 20: harvest.guest.v1.Response.accept:type_name -> harvest.guest.v1.AcceptResponse
+	3,  // 21: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
+	9,  // 22: harvest.guest.v1.StartRequest.terminal:type_name -> harvest.guest.v1.TerminalSize
+	1,  // 23: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
+	13, // 24: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
+	22, // 25: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
+	0,  // 26: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
+	9,  // 27: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
+	4,  // 28: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
+	2,  // 29: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
+	32, // 30: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
+	33, // 31: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
+	33, // 32: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
+	33, // [33:33] is the sub-list for method output_type
+	33, // [33:33] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_harvest_guest_v1_guest_proto_init() }
@@ -2751,6 +3042,8 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Request_Write)(nil),
 		(*Request_Resize)(nil),
 		(*Request_Signal)(nil),
+		(*Request_Listen)(nil),
+		(*Request_Accept)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[1].OneofWrappers = []any{
 		(*Response_Error)(nil),
@@ -2762,6 +3055,8 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Response_Write)(nil),
 		(*Response_Resize)(nil),
 		(*Response_Signal)(nil),
+		(*Response_Listen)(nil),
+		(*Response_Accept)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[2].OneofWrappers = []any{}
 	file_harvest_guest_v1_guest_proto_msgTypes[11].OneofWrappers = []any{}
@@ -2769,8 +3064,8 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Exit_Code)(nil),
 		(*Exit_Signal)(nil),
 	}
-	file_harvest_guest_v1_guest_proto_msgTypes[22].OneofWrappers = []any{}
-	file_harvest_guest_v1_guest_proto_msgTypes[24].OneofWrappers = []any{
+	file_harvest_guest_v1_guest_proto_msgTypes[26].OneofWrappers = []any{}
+	file_harvest_guest_v1_guest_proto_msgTypes[28].OneofWrappers = []any{
 		(*Layer_MountFd)(nil),
 		(*Layer_Path)(nil),
 	}
@@ -2780,7 +3075,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_guest_v1_guest_proto_rawDesc), len(file_harvest_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   26,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,67 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"net"
+
+	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
+	"github.com/harvest-run/executord/internal/config"
+	"github.com/harvest-run/executord/internal/egress"
+	"github.com/harvest-run/executord/internal/engine"
+)
+
+// openNetwork makes the gateway of sandboxes to the network, as far as the engine and
+// the settings have one.
+func (c Config) openNetwork(e engine.Engine) (*egress.Gateway, error) {
+	settings := c.Settings.GetNetwork()
+	cfg := egress.Config{
+		Default: egress.Policy{Mode: networkOf(settings.GetDefaultMode())}, Max: networkOf(settings.GetMaxMode()),
+		Capable: capable(e), Logger: c.Logger,
+	}
+	for _, text := range settings.GetDefaultAllow() {
+		rule, err := egress.ParseRule(text)
+		if err != nil {
+			return nil, fmt.Errorf("network.default_allow: %q: %w", text, err)
+		}
+		cfg.Default.Rules = append(cfg.Default.Rules, rule)
+	}
+	var err error
+	if cfg.Denied, err = config.Prefixes(settings.GetDeniedCidrs()); err != nil {
+		return nil, fmt.Errorf("network.denied_cidrs: %w", err)
+	}
+	nameserver, err := config.Nameserver(settings.GetNameserver())
+	if err != nil {
+		return nil, fmt.Errorf("network.nameserver: %w", err)
+	}
+	if nameserver != "" {
+		cfg.Resolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, nameserver)
+		}}
+	}
+	return egress.New(cfg)
+}
+
+func networkOf(m configv1.Network_Mode) engine.Network {
+	switch m {
+	case configv1.Network_MODE_EGRESS:
+		return engine.NetworkEgress
+	case configv1.Network_MODE_HOST:
+		return engine.NetworkHost
+	default:
+		return engine.NetworkNone
+	}
+}
+
+// capable are the networks that an engine has.
+func capable(e engine.Engine) []engine.Network {
+	modes := []engine.Network{engine.NetworkNone}
+	for _, c := range e.Capabilities() {
+		for _, mode := range []engine.Network{engine.NetworkEgress, engine.NetworkHost} {
+			if c.Available && c.Name == "network."+string(mode) {
+				modes = append(modes, mode)
+			}
+		}
+	}
+	return modes
+}
