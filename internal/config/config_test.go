@@ -68,7 +68,7 @@ func defaults() *configv1.Config {
 		Tls:          &configv1.Tls{ClientAuth: configv1.Tls_CLIENT_AUTH_REQUEST},
 		Auth: &configv1.Auth{Oidc: &configv1.Oidc{RoleClaim: "roles", Leeway: durationpb.New(30 * time.Second)},
 			Certificates: &configv1.Certificates{}, Quotas: &configv1.Quotas{}},
-		Network:      &configv1.Network{DefaultMode: configv1.Network_MODE_NONE, MaxMode: configv1.Network_MODE_EGRESS},
+		Network: &configv1.Network{DefaultMode: configv1.Network_MODE_NONE, MaxMode: configv1.Network_MODE_EGRESS},
 		Admission: &configv1.Admission{
 			MaxRunning: 256, MaxQueued: 1024, MaxQueueWait: durationpb.New(30 * time.Second), MaxSandboxes: 4000,
 		},

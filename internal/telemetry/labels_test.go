@@ -13,7 +13,7 @@ func (labels) Encode(i attribute.Iterator) string {
 	var b strings.Builder
 	for i.Next() {
 		a := i.Attribute()
-		b.WriteString(string(a.Key) + "=" + a.Value.Emit() + " ")
+		b.WriteString(string(a.Key) + "=" + a.Value.String() + " ")
 	}
 	return b.String()
 }
