@@ -47,7 +47,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return nil
 	})
 	parts.Go(func(ctx context.Context) error {
-		endStrays(ctx, d.engine, d.strays, d.log)
+		d.sweep(ctx)
 		return nil
 	})
 	parts.Go(func(ctx context.Context) error {

@@ -56,6 +56,17 @@ func findStrays(ctx context.Context, e engine.Engine, known unfinished) ([]strin
 	return strays, nil
 }
 
+// sweep ends the strays. A stop that leaves sandboxes alive leaves these to the next
+// start; one that ends everything ends them too.
+func (d *Daemon) sweep(ctx context.Context) {
+	if d.terminates() {
+		bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), endTime, fmt.Errorf("not ended within %v", endTime))
+		defer cancel()
+		ctx = bounded
+	}
+	endStrays(ctx, d.engine, d.strays, d.log)
+}
+
 // endStrays ends sandboxes. What cannot be ended is logged and left for the next start.
 func endStrays(ctx context.Context, e engine.Engine, strays []string, log *slog.Logger) {
 	var group errgroup.Group

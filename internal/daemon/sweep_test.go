@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/session"
 )
@@ -80,5 +81,19 @@ func TestEndStraysIsInterrupted(t *testing.T) {
 	endStrays(ctx, fake, []string{"a"}, discard())
 	if len(fake.gone()) != 0 {
 		t.Errorf("ended %v", fake.gone())
+	}
+}
+
+// TestSweepAtAStop: what a stop that ends everything finds half swept is swept.
+func TestSweepAtAStop(t *testing.T) {
+	stopped, cancel := context.WithCancel(t.Context())
+	cancel()
+	for onStop, want := range map[configv1.OnStop]string{configv1.OnStop_ON_STOP_KEEP: "[]", configv1.OnStop_ON_STOP_TERMINATE: "[a b]"} {
+		fake := newFakeEngine("a", "b")
+		d := &Daemon{log: discard(), settings: &configv1.Config{OnStop: onStop}, engine: fake, strays: []string{"a", "b"}}
+		d.sweep(stopped)
+		if fmt.Sprint(fake.gone()) != want {
+			t.Errorf("%v: ended %v, want %s", onStop, fake.gone(), want)
+		}
 	}
 }
