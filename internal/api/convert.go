@@ -94,7 +94,7 @@ func languageProto(l execution.Language) executorv1.Language {
 }
 
 func limitsProto(l engine.Limits) *executorv1.Limits {
-	return &executorv1.Limits{MemoryBytes: l.MemoryBytes, CpuMillis: l.CPUMillis, Pids: l.PIDs}
+	return &executorv1.Limits{MemoryBytes: l.MemoryBytes, CpuMillis: l.CPUMillis, Pids: l.PIDs, DiskBytes: l.DiskBytes, OpenFiles: l.OpenFiles}
 }
 
 func cursorProto(c execution.Cursor) *executorv1.Cursor {

@@ -117,7 +117,7 @@ func TestExecutionProto(t *testing.T) {
 			Language: execution.Python, Source: "print()", Env: map[string]string{"TOKEN": "secret"},
 			WorkingDirectory: "/w", Timeout: time.Minute, GracePeriod: &grace, IdleTimeout: time.Hour,
 		},
-		Limits:        engine.Limits{MemoryBytes: 1, CPUMillis: 2, PIDs: 3},
+		Limits:        engine.Limits{MemoryBytes: 1, CPUMillis: 2, PIDs: 3, DiskBytes: 4, OpenFiles: 5},
 		Policies:      execution.Policies{OnLimit: execution.Block, Retention: time.Hour, Detach: execution.CancelDetached, DetachGrace: &grace},
 		Network:       egress.Policy{Mode: engine.NetworkEgress, Rules: []egress.Rule{{Host: "a.example", Ports: []uint16{443}}}},
 		RetainedBytes: 4, Labels: map[string]string{"a": "b"}, Owner: "key:ci", Engine: "local", Sandbox: "box",
@@ -141,7 +141,7 @@ func TestExecutionProto(t *testing.T) {
 			Timeout: durationpb.New(time.Minute), GracePeriod: durationpb.New(0), IdleTimeout: durationpb.New(time.Hour),
 		},
 		State: executorv1.Execution_STATE_ENDED, Engine: "local", Sandbox: "box",
-		Limits: &executorv1.Limits{MemoryBytes: 1, CpuMillis: 2, Pids: 3},
+		Limits: &executorv1.Limits{MemoryBytes: 1, CpuMillis: 2, Pids: 3, DiskBytes: 4, OpenFiles: 5},
 		Network: &executorv1.NetworkPolicy{
 			Mode: executorv1.NetworkPolicy_MODE_EGRESS, Rules: []*executorv1.EgressRule{{Host: "a.example", Ports: []uint32{443}}},
 		},
@@ -196,7 +196,7 @@ func TestNoFieldForgotten(t *testing.T) {
 		resultProto(result),
 		sessionProto(session.Session{
 			ID: "s", State: session.Terminated, Reason: session.Expired, Detail: "d", Engine: "local", Sandbox: "b",
-			Limits:   engine.Limits{MemoryBytes: 1, CPUMillis: 1, PIDs: 1},
+			Limits:   engine.Limits{MemoryBytes: 1, CPUMillis: 1, PIDs: 1, DiskBytes: 1, OpenFiles: 1},
 			Network:  egress.Policy{Mode: engine.NetworkEgress, Rules: []egress.Rule{{Host: "a", Ports: []uint16{1}}}},
 			Lifetime: 1, Labels: map[string]string{"a": "b"}, Owner: "key:ci", CreateTime: at(1), EndTime: at(1),
 		}),

@@ -143,5 +143,5 @@ func cursorOf(c *executorv1.Cursor) *execution.Cursor {
 }
 
 func limitsOf(l *executorv1.Limits) engine.Limits {
-	return engine.Limits{MemoryBytes: l.GetMemoryBytes(), CPUMillis: l.GetCpuMillis(), PIDs: l.GetPids()}
+	return engine.Limits{MemoryBytes: l.GetMemoryBytes(), CPUMillis: l.GetCpuMillis(), PIDs: l.GetPids(), DiskBytes: l.GetDiskBytes(), OpenFiles: l.GetOpenFiles()}
 }

@@ -203,9 +203,9 @@ func TestBadStart(t *testing.T) {
 		},
 		"limits out of range": {
 			request: &executorv1.StartExecutionRequest{
-				Command: argv("true"), Limits: &executorv1.Limits{MemoryBytes: 1, CpuMillis: 9, Pids: 7},
+				Command: argv("true"), Limits: &executorv1.Limits{MemoryBytes: 1, CpuMillis: 9, Pids: 7, DiskBytes: 1, OpenFiles: 1 << 21},
 			},
-			fields: []string{"limits.memory_bytes", "limits.cpu_millis", "limits.pids"},
+			fields: []string{"limits.memory_bytes", "limits.cpu_millis", "limits.pids", "limits.disk_bytes", "limits.open_files"},
 		},
 		"too little retained": {
 			request: &executorv1.StartExecutionRequest{
@@ -375,7 +375,7 @@ func TestStart(t *testing.T) {
 					Timeout:          durationpb.New(1500 * time.Millisecond),
 					GracePeriod:      durationpb.New(grace),
 				},
-				Limits:       &executorv1.Limits{MemoryBytes: 64 << 20, CpuMillis: 500, Pids: 100},
+				Limits:       &executorv1.Limits{MemoryBytes: 64 << 20, CpuMillis: 500, Pids: 100, DiskBytes: 16 << 20, OpenFiles: 16},
 				OutputPolicy: &executorv1.OutputPolicy{RetainedBytes: 1 << 20},
 				Labels:       map[string]string{"team/a": "x"},
 			},
@@ -384,7 +384,7 @@ func TestStart(t *testing.T) {
 					Args: []string{"env", "", "-u", "é\x01"}, Env: map[string]string{"A": "1", "é": "\n"},
 					WorkingDirectory: "/tmp", Timeout: 1500 * time.Millisecond, GracePeriod: &grace,
 				},
-				Limits:        engine.Limits{MemoryBytes: 64 << 20, CPUMillis: 500, PIDs: 100},
+				Limits:        engine.Limits{MemoryBytes: 64 << 20, CPUMillis: 500, PIDs: 100, DiskBytes: 16 << 20, OpenFiles: 16},
 				RetainedBytes: 1 << 20,
 				Labels:        map[string]string{"team/a": "x"},
 			},

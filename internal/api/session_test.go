@@ -24,11 +24,11 @@ func TestCreateSession(t *testing.T) {
 		"least": {&executorv1.CreateSessionRequest{}, session.Request{}},
 		"all": {
 			&executorv1.CreateSessionRequest{
-				Limits:   &executorv1.Limits{MemoryBytes: 1 << 30, CpuMillis: 10, Pids: 8},
+				Limits:   &executorv1.Limits{MemoryBytes: 1 << 30, CpuMillis: 10, Pids: 8, DiskBytes: 1 << 40, OpenFiles: 1 << 20},
 				Lifetime: durationpb.New(30 * 24 * time.Hour), Labels: map[string]string{"a": "b"},
 			},
 			session.Request{
-				Limits:   engine.Limits{MemoryBytes: 1 << 30, CPUMillis: 10, PIDs: 8},
+				Limits:   engine.Limits{MemoryBytes: 1 << 30, CPUMillis: 10, PIDs: 8, DiskBytes: 1 << 40, OpenFiles: 1 << 20},
 				Lifetime: 30 * 24 * time.Hour, Labels: map[string]string{"a": "b"},
 			},
 		},

@@ -290,7 +290,7 @@ func TestStdinIsCode(t *testing.T) {
 // TestFlagsReachTheRequest: what a flag says is what the server is asked for.
 func TestFlagsReachTheRequest(t *testing.T) {
 	s := clienttest.Start(t)
-	line := "run --timeout 90s --grace 0s -e A=1 -e FROM_HERE --workdir /tmp --limit-memory 64m --limit-pids 32 --limit-cpu 1.5 " +
+	line := "run --timeout 90s --grace 0s -e A=1 -e FROM_HERE --workdir /tmp --limit-memory 64m --limit-pids 32 --limit-cpu 1.5 --limit-disk 1g --limit-open-files 256 " +
 		"--retain 4MiB --label team=core --label run=7 --lang node 'exit 0'"
 	if got := (invocation{args: command(line), env: []string{"FROM_HERE=yes"}}).run(t, s); got.code != 0 {
 		t.Fatalf("exit code %d, stderr %q", got.code, got.stderr)
@@ -305,7 +305,7 @@ func TestFlagsReachTheRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := `{"command":{"code":{"language":"LANGUAGE_NODE","source":"exit 0"},"env":{"A":"1","FROM_HERE":"yes"},` +
-		`"working_directory":"/tmp","timeout":"90s","grace_period":"0s"},"limits":{"memory_bytes":"67108864","cpu_millis":"1500","pids":"32"},` +
+		`"working_directory":"/tmp","timeout":"90s","grace_period":"0s"},"limits":{"memory_bytes":"67108864","cpu_millis":"1500","pids":"32","disk_bytes":"1073741824","open_files":"256"},` +
 		`"output_policy":{"retained_bytes":"4194304"},"labels":{"run":"7","team":"core"}}`
 	if string(got) != want {
 		t.Errorf("request\n%s\nwant\n%s", got, want)

@@ -192,6 +192,12 @@ func formatLimits(l *executorv1.Limits) string {
 	if n := l.GetPids(); n != 0 {
 		parts = append(parts, fmt.Sprintf("pids %d", n))
 	}
+	if n := l.GetDiskBytes(); n != 0 {
+		parts = append(parts, "disk "+formatSize(n))
+	}
+	if n := l.GetOpenFiles(); n != 0 {
+		parts = append(parts, fmt.Sprintf("open files %d", n))
+	}
 	return strings.Join(parts, ", ")
 }
 

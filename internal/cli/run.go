@@ -75,25 +75,31 @@ func (f *commandFlags) fill(r *executorv1.ExecuteRequest, env map[string]string)
 
 // limitFlags are those of everything that makes a sandbox.
 type limitFlags struct {
-	memory, pids, cpu value[int64]
+	memory, pids, cpu, disk, openFiles value[int64]
 }
 
 func (f *limitFlags) bind(cmd *cobra.Command) {
 	f.memory = value[int64]{kind: "size", parse: parseSize}
 	f.pids = value[int64]{kind: "n", parse: parseCount}
 	f.cpu = value[int64]{kind: "cores", parse: parseCores}
+	f.disk = value[int64]{kind: "size", parse: parseSize}
+	f.openFiles = value[int64]{kind: "n", parse: parseCount}
 	flags := cmd.Flags()
 	flags.Var(&f.memory, "limit-memory", "limit of the sandbox's memory, such as 512MiB")
 	flags.Var(&f.pids, "limit-pids", "limit of the sandbox's processes and threads")
 	flags.Var(&f.cpu, "limit-cpu", "limit of the sandbox's processor time, in cores, such as 0.5")
+	flags.Var(&f.disk, "limit-disk", "limit of what the sandbox writes to disk, such as 1GiB")
+	flags.Var(&f.openFiles, "limit-open-files", "limit of the open files of each process in the sandbox")
 }
 
 // limits are those that were given; nil if none.
 func (f *limitFlags) limits() *executorv1.Limits {
-	if !f.memory.given && !f.pids.given && !f.cpu.given {
+	if !f.memory.given && !f.pids.given && !f.cpu.given && !f.disk.given && !f.openFiles.given {
 		return nil
 	}
-	return &executorv1.Limits{MemoryBytes: f.memory.v, Pids: f.pids.v, CpuMillis: f.cpu.v}
+	return &executorv1.Limits{
+		MemoryBytes: f.memory.v, Pids: f.pids.v, CpuMillis: f.cpu.v, DiskBytes: f.disk.v, OpenFiles: f.openFiles.v,
+	}
 }
 
 func (a *app) runCommand() *cobra.Command {

@@ -95,7 +95,7 @@ func full() (map[string]string, *configv1.Config) {
 	return map[string]string{
 			"listen": "unix:/run/x.sock", "state_dir": "/state", "drain_timeout": "1m30s", "on_stop": "terminate",
 			"log.level": "debug", "log.format": "json",
-			"limits.memory_bytes": "512MiB", "limits.pids": "99", "limits.cpu_millis": "1500",
+			"limits.memory_bytes": "512MiB", "limits.pids": "99", "limits.cpu_millis": "1500", "limits.disk_bytes": "5GiB", "limits.open_files": "4096",
 			"output.default_retained_bytes": "2097152", "output.max_retained_bytes": "3MiB",
 			"reflection": "false", "local.uid_base": "131072", "local.uid_count": "7",
 			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
@@ -114,7 +114,7 @@ func full() (map[string]string, *configv1.Config) {
 			Listen: "unix:/run/x.sock", StateDir: "/state", DrainTimeout: durationpb.New(90 * time.Second),
 			OnStop: configv1.OnStop_ON_STOP_TERMINATE,
 			Log:    &configv1.Log{Level: configv1.Log_LEVEL_DEBUG, Format: configv1.Log_FORMAT_JSON},
-			Limits: &configv1.Limits{MemoryBytes: 512 << 20, Pids: 99, CpuMillis: 1500},
+			Limits: &configv1.Limits{MemoryBytes: 512 << 20, Pids: 99, CpuMillis: 1500, DiskBytes: 5 << 30, OpenFiles: 4096},
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
 			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
 				ExtraPaths: []string{"/opt/a"}},
@@ -402,6 +402,10 @@ func TestBadValues(t *testing.T) {
 		{"limits.memory_bytes", "16777215", "greater than or equal to 16777216"},
 		{"limits.memory_bytes", "-1", "greater than or equal to 16777216"},
 		{"limits.memory_bytes", "1025GiB", "less than or equal to 1099511627776"},
+		{"limits.disk_bytes", "1MiB", "greater than or equal to 16777216"},
+		{"limits.disk_bytes", "2048GiB", "less than or equal to 1099511627776"},
+		{"limits.open_files", "15", "greater than or equal to 16"},
+		{"limits.open_files", "1048577", "less than or equal to 1048576"},
 		{"limits.pids", "7", "greater than or equal to 8"},
 		{"limits.pids", "1000001", "less than or equal to 1000000"},
 		{"limits.pids", "1KiB", "not a whole number"},
@@ -680,7 +684,7 @@ func TestFieldNames(t *testing.T) {
 	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "auth-certificates-admins", "auth-certificates-operators", "auth-certificates-users", "auth-methods",
 		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
 		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
-		"config", "drain-timeout", "help", "limits-cpu-millis", "limits-memory-bytes", "limits-pids", "listen",
+		"config", "drain-timeout", "help", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
 		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
 		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
@@ -709,6 +713,8 @@ limits:
   memory_bytes: 2GiB
   pids: 1024
   cpu_millis: 0
+  disk_bytes: 0
+  open_files: 0
 output:
   default_retained_bytes: 1GiB
   max_retained_bytes: 64GiB

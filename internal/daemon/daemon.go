@@ -284,6 +284,7 @@ func localConfig(settings *configv1.Config, logger *slog.Logger) (local.Config, 
 		CgroupParent: settings.GetLocal().GetCgroupParent(),
 		Defaults: engine.Limits{
 			MemoryBytes: limits.GetMemoryBytes(), CPUMillis: limits.GetCpuMillis(), PIDs: limits.GetPids(),
+			DiskBytes: limits.GetDiskBytes(), OpenFiles: limits.GetOpenFiles(),
 		},
 		ExtraPaths: settings.GetLocal().GetExtraPaths(),
 		Logger:     logger,

@@ -87,6 +87,11 @@ type Limits struct {
 	MemoryBytes int64 `json:"memory_bytes,omitempty"`
 	CPUMillis   int64 `json:"cpu_millis,omitempty"`
 	PIDs        int64 `json:"pids,omitempty"`
+	// DiskBytes bounds all that the sandbox writes into files.
+	DiskBytes int64 `json:"disk_bytes,omitempty"`
+	// OpenFiles bounds the open files of each process. The engine only says whether it
+	// can be enforced: the guest enforces it, for each command that is started.
+	OpenFiles int64 `json:"open_files,omitempty"`
 }
 
 // Or returns l with its zero fields taken from defaults.
@@ -99,6 +104,12 @@ func (l Limits) Or(defaults Limits) Limits {
 	}
 	if l.PIDs == 0 {
 		l.PIDs = defaults.PIDs
+	}
+	if l.DiskBytes == 0 {
+		l.DiskBytes = defaults.DiskBytes
+	}
+	if l.OpenFiles == 0 {
+		l.OpenFiles = defaults.OpenFiles
 	}
 	return l
 }

@@ -112,6 +112,7 @@ func (r *run) start(ctx context.Context, command Command) *Result {
 			return noInterpreter(command, missing)
 		}
 		request.Env = r.network.Environment(request.Env)
+		request.OpenFiles = uint64(r.sandbox.Limits().OpenFiles)
 		asked := time.Now()
 		var answer *guestv1.StartResponse
 		err := r.ask(ctx, func(ctx context.Context) (err error) {

@@ -168,6 +168,22 @@ func TestLocal(t *testing.T) {
 				t.Errorf("%+v", got.result)
 			}
 		}},
+		"open files": {execution.Request{
+			Command: execution.Command{Language: execution.Bash, Source: "test $(ulimit -Sn) = 77 && test $(ulimit -Hn) = 77"},
+			Limits:  engine.Limits{OpenFiles: 77},
+		}, "limit.open_files", execution.Exited, func(t *testing.T, got told) {
+			if got.result.ExitCode == nil || *got.result.ExitCode != 0 {
+				t.Errorf("%+v", got.result)
+			}
+		}},
+		"disk": {execution.Request{
+			Command: execution.Command{Args: []string{"bash", "-c", "head -c 100M /dev/zero > fill; test $? = 1 && test $(stat -c %s fill) -lt $((32 << 20))"}},
+			Limits:  engine.Limits{DiskBytes: 32 << 20},
+		}, "limit.disk", execution.Exited, func(t *testing.T, got told) {
+			if got.result.ExitCode == nil || *got.result.ExitCode != 0 {
+				t.Errorf("%+v", got.result)
+			}
+		}},
 		"not found": {execution.Request{Command: execution.Command{Args: []string{"no-such-program"}}}, "", execution.StartFailed, func(t *testing.T, got told) {
 			if got.result.Evidence["kind"] != "not_found" {
 				t.Errorf("%+v", got.result)

@@ -113,7 +113,7 @@ func (c *command) start(g *Guest, r *guestv1.StartRequest, arrived time.Time) (e
 	c.tree.adopt(attr.Sys)
 	c.begun = time.Now()
 	c.pid, c.died, err = g.reaper.spawn(func() (int, error) {
-		pid, err := g.spawner.start(path, args, attr)
+		pid, err := g.spawner.startLimited(path, args, attr, r.GetOpenFiles())
 		if err == nil {
 			c.tree.started(pid)
 		}

@@ -21,6 +21,9 @@ type spawnRequest struct {
 	args   []string
 	attr   *syscall.ProcAttr
 	answer chan spawnAnswer
+	// release, if not nil, is what a program that is traced is held for: it is answered
+	// twice, when the program stands before its first instruction and when it was let go.
+	release chan error
 }
 
 type spawnAnswer struct {
@@ -43,7 +46,11 @@ func newSpawner(confine func() error) (*spawner, error) {
 		}
 		for r := range s.requests {
 			pid, err := syscall.ForkExec(r.path, r.args, r.attr)
-			r.answer <- spawnAnswer{pid, err}
+			if err != nil || r.release == nil {
+				r.answer <- spawnAnswer{pid, err}
+				continue
+			}
+			r.holdFor(pid)
 		}
 	})
 	if err := <-ready; err != nil {
@@ -61,7 +68,7 @@ func (s *spawner) close() {
 // start starts a program and returns its process id.
 func (s *spawner) start(path string, args []string, attr *syscall.ProcAttr) (int, error) {
 	answer := make(chan spawnAnswer, 1)
-	s.requests <- spawnRequest{path, args, attr, answer}
+	s.requests <- spawnRequest{path, args, attr, answer, nil}
 	a := <-answer
 	return a.pid, a.err
 }

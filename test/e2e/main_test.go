@@ -110,6 +110,11 @@ func traces() []string {
 			found = append(found, "mount "+strings.TrimSpace(line))
 		}
 	}
+	for _, file := range loops("/") {
+		if strings.Contains(file, "/xd-") {
+			found = append(found, "loop device of "+file)
+		}
+	}
 	processes, _ := filepath.Glob("/proc/[0-9]*/cgroup")
 	for _, p := range processes {
 		text, _ := os.ReadFile(p)

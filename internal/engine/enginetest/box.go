@@ -83,7 +83,9 @@ func (o outcome) String() string {
 // begin starts a command.
 func (b *box) begin(execution string, args ...string) {
 	b.h.t.Helper()
-	if _, err := b.guest.Start(b.h.ctx(), request(execution, args...)); err != nil {
+	r := request(execution, args...)
+	r.OpenFiles = uint64(b.Limits().OpenFiles) // as executord does
+	if _, err := b.guest.Start(b.h.ctx(), r); err != nil {
 		b.h.t.Fatalf("start %q in %s: %v", args, b.ID(), err)
 	}
 }

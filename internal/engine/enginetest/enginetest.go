@@ -67,7 +67,7 @@ type testCase struct {
 }
 
 func all() []testCase {
-	return slices.Concat(lifeCases(), endCases(), commandCases(), interactiveCases(), limitCases())
+	return slices.Concat(lifeCases(), endCases(), commandCases(), interactiveCases(), limitCases(), fileLimitCases())
 }
 
 // patience bounds waits for things that take milliseconds: long enough for a loaded

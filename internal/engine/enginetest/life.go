@@ -54,6 +54,7 @@ func saysWhatItIs(t *testing.T, h *house) {
 	}
 	for name, limits := range map[string]engine.Limits{
 		"limit.memory": {MemoryBytes: 1 << 30}, "limit.pids": {PIDs: 100}, "limit.cpu": {CPUMillis: 100},
+		"limit.disk": {DiskBytes: 64 << 20}, "limit.open_files": {OpenFiles: 64},
 	} {
 		if !seen[name] {
 			t.Errorf("capability %q is not mentioned", name)

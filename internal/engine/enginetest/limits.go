@@ -42,6 +42,8 @@ func defaultLimits(t *testing.T, h *house) {
 		"memory": {engine.Limits{MemoryBytes: 1}, engine.Limits{MemoryBytes: 100 << 20}},
 		"pids":   {engine.Limits{PIDs: 1}, engine.Limits{PIDs: 77}},
 		"cpu":    {engine.Limits{CPUMillis: 1}, engine.Limits{CPUMillis: 777}},
+		"disk":   {engine.Limits{DiskBytes: 1 << 30}, engine.Limits{DiskBytes: 99 << 20}},
+		"files":  {engine.Limits{OpenFiles: 16}, engine.Limits{OpenFiles: 77}},
 	} {
 		if h.engine.CheckLimits(c.can) != nil {
 			continue // refusedLimits looks at that
@@ -58,7 +60,8 @@ func defaultLimits(t *testing.T, h *house) {
 func refusedLimits(t *testing.T, h *house) {
 	refused := 0
 	for name, limits := range map[string]engine.Limits{
-		"memory": {MemoryBytes: 100 << 20}, "pids": {PIDs: 100}, "cpu": {CPUMillis: 500},
+		"memory": {MemoryBytes: 100 << 20}, "pids": {PIDs: 100}, "cpu": {CPUMillis: 500}, "disk": {DiskBytes: 64 << 20},
+		"files": {OpenFiles: 1 << 40},
 	} {
 		err := h.engine.CheckLimits(limits)
 		if err == nil {
@@ -80,7 +83,7 @@ func refusedLimits(t *testing.T, h *house) {
 
 func negativeLimits(t *testing.T, h *house) {
 	for name, limits := range map[string]engine.Limits{
-		"memory": {MemoryBytes: -1}, "pids": {PIDs: -1}, "cpu": {CPUMillis: -1},
+		"memory": {MemoryBytes: -1}, "pids": {PIDs: -1}, "cpu": {CPUMillis: -1}, "disk": {DiskBytes: -1}, "files": {OpenFiles: -1},
 	} {
 		mustFault(t, "check "+name, h.engine.CheckLimits(limits), fault.Invalid, "")
 		_, err := h.engine.Create(h.ctx(), engine.Spec{ID: name, Limits: limits})

@@ -23,6 +23,8 @@ const (
 	// layerName is the directory of what the sandbox writes, with an upper and a work
 	// directory for each overlay.
 	layerName = "layer"
+	// diskName is the file in which those directories are if the sandbox has a limit of disk.
+	diskName = "disk.ext4"
 	// runtimeDirectory is where the guest keeps source files, in the sandbox.
 	runtimeDirectory = "/run/executor"
 	// defaultShm is the size of /dev/shm of a sandbox without a memory limit.
@@ -96,7 +98,7 @@ func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err 
 		img    *hostimage.Image
 	)
 	beside.Go(func() (err error) {
-		img, err = e.besideTheFork(sb, s, int(request.UID))
+		img, err = e.besideTheFork(ctx, sb, s, int(request.UID))
 		return err
 	})
 	sb.process, err = e.forker.fork(ctx, request, theirs, guestGroup)
@@ -120,12 +122,12 @@ func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err 
 
 // besideTheFork makes what takes no guest: the layers' directories, the socket and the
 // control groups of the commands, which belong to the user owner of the host.
-func (e *Engine) besideTheFork(sb *sandbox, s *setup, owner int) (*hostimage.Image, error) {
+func (e *Engine) besideTheFork(ctx context.Context, sb *sandbox, s *setup, owner int) (*hostimage.Image, error) {
 	img, err := e.images.Prepare()
 	if err != nil {
 		return nil, err
 	}
-	if err := makeLayers(filepath.Join(sb.dir, layerName), img); err != nil {
+	if err := e.ownLayers(ctx, s, sb, img); err != nil {
 		return nil, fmt.Errorf("make the layers of the sandbox: %w", err)
 	}
 	if s.message.GetHostNetwork() {

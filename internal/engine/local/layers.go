@@ -1,6 +1,7 @@
 package local
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,15 +16,35 @@ import (
 // trees are those that have an overlay each, the root first.
 func trees(img *hostimage.Image) []string { return append([]string{"/"}, img.Trees...) }
 
-// makeLayers makes the directories of what a sandbox writes: for each tree an upper
-// and a work directory. The one in which the guest keeps source files is there already:
+// ownLayers makes the directories of what a sandbox writes: in a disk of their own if
+// there is a limit.
+func (e *Engine) ownLayers(ctx context.Context, s *setup, sb *sandbox, img *hostimage.Image) (err error) {
+	if sb.limits.DiskBytes == 0 {
+		dir := filepath.Join(sb.dir, layerName)
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return err
+		}
+		return makeLayers(dir, img)
+	}
+	if s.disk, err = e.disks.Create(ctx, filepath.Join(sb.dir, diskName), sb.limits.DiskBytes); err != nil {
+		return err
+	}
+	sb.loop = &s.disk.Device
+	if s.layers, err = s.disk.Mount(); err != nil {
+		return err
+	}
+	// Before its ids are shifted: then there is nobody in it who executord is.
+	return makeLayers("/proc/self/fd/"+strconv.Itoa(int(s.layers.Fd())), img)
+}
+
+// makeLayers makes in dir, for each tree, an upper and a work directory. The one in which the guest keeps source files is there already:
 // the guest would have to copy up what is above it.
 func makeLayers(dir string, img *hostimage.Image) error {
 	type directory struct {
 		path string
 		open bool // for everybody in the sandbox, whatever umask executord was started with
 	}
-	dirs := []directory{{dir, false}}
+	var dirs []directory
 	for _, tree := range trees(img) {
 		own := filepath.Join(dir, overlayName(tree))
 		dirs = append(dirs, directory{own, false}, directory{own + "/work", false}, directory{own + "/upper", true})
@@ -70,7 +91,10 @@ func spread(dir string) error {
 // those of the sandbox, so that all sandboxes share them, or for an ordinary user,
 // who cannot make such mounts, as paths.
 func (e *Engine) addLayers(s *setup, sb *sandbox, img *hostimage.Image) error {
-	var layer func(path string, readOnly bool) (*guestv1.Layer, error)
+	var (
+		layer func(path string, readOnly bool) (*guestv1.Layer, error)
+		own   func() (*guestv1.Layer, error)
+	)
 	if e.root {
 		userns, err := os.Open("/proc/" + strconv.Itoa(sb.process.pid) + "/ns/user")
 		if err != nil {
@@ -84,10 +108,23 @@ func (e *Engine) addLayers(s *setup, sb *sandbox, img *hostimage.Image) error {
 			}
 			return &guestv1.Layer{Source: &guestv1.Layer_MountFd{MountFd: s.add(f)}}, nil
 		}
+		if s.disk != nil {
+			own = func() (*guestv1.Layer, error) {
+				f, err := s.diskMount()
+				if err != nil {
+					return nil, err
+				}
+				l := &guestv1.Layer{Source: &guestv1.Layer_MountFd{MountFd: s.add(f)}}
+				return l, shiftIDs(f, int(userns.Fd()), false)
+			}
+		}
 	} else {
 		layer = func(path string, _ bool) (*guestv1.Layer, error) {
 			return &guestv1.Layer{Source: &guestv1.Layer_Path{Path: path}}, nil
 		}
+	}
+	if own == nil {
+		own = func() (*guestv1.Layer, error) { return layer(filepath.Join(sb.dir, layerName), false) }
 	}
 	for _, tree := range trees(img) {
 		lower := tree
@@ -99,12 +136,12 @@ func (e *Engine) addLayers(s *setup, sb *sandbox, img *hostimage.Image) error {
 			return err
 		}
 		// One mount for each overlay: two of them may not share an upper's mount.
-		own, err := layer(filepath.Join(sb.dir, layerName), false)
+		writable, err := own()
 		if err != nil {
 			return err
 		}
 		s.message.Overlays = append(s.message.Overlays, &guestv1.Overlay{
-			Target: tree, Lower: []*guestv1.Layer{below}, Writable: own, WritableName: overlayName(tree),
+			Target: tree, Lower: []*guestv1.Layer{below}, Writable: writable, WritableName: overlayName(tree),
 		})
 	}
 	return nil
@@ -125,15 +162,34 @@ func shiftedMount(path string, userns int, readOnly bool) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("clone the mount of %s: %w", path, err)
 	}
+	f := os.NewFile(uintptr(fd), path)
+	if err := shiftIDs(f, userns, readOnly); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// shiftIDs gives a detached mount the ids of a user namespace.
+func shiftIDs(mount *os.File, userns int, readOnly bool) error {
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Userns_fd: uint64(userns)}
 	if readOnly {
 		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}
-	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("shift the ids of a mount of %s: %w", path, &shiftError{err})
+	if err := unix.MountSetattr(int(mount.Fd()), "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fmt.Errorf("shift the ids of a mount of %s: %w", mount.Name(), &shiftError{err})
 	}
-	return os.NewFile(uintptr(fd), path), nil
+	return nil
+}
+
+// diskMount is one more mount of the disk: the one through which the directories were
+// made, or a new one.
+func (s *setup) diskMount() (*os.File, error) {
+	if f := s.layers; f != nil {
+		s.layers = nil
+		return f, nil
+	}
+	return s.disk.Mount()
 }
 
 // shiftError marks that a file system has no id-mapped mounts.

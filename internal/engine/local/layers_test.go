@@ -70,6 +70,9 @@ func TestSandboxesAreSpread(t *testing.T) {
 func TestMakeLayers(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "layer")
 	img := &hostimage.Image{Trees: []string{"/opt/tools", "/usr"}}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	old := unix.Umask(0o077)
 	err := makeLayers(dir, img)
 	unix.Umask(old)

@@ -30,6 +30,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local/cgroup"
+	"github.com/harvest-run/executord/internal/engine/local/disk"
 	"github.com/harvest-run/executord/internal/engine/local/hostimage"
 	"github.com/harvest-run/executord/internal/engine/local/seccomp"
 	"github.com/harvest-run/executord/internal/fault"
@@ -67,6 +68,7 @@ type Engine struct {
 	forker  *forker
 	groups  *cgroup.Host // nil for an ordinary user
 	uids    *uidRanges
+	disks   *disk.Maker // nil for an ordinary user
 	filter  []byte
 	capable []engine.Capability
 
@@ -130,6 +132,9 @@ func prepare(cfg Config) (_ *Engine, err error) {
 	}()
 	if e.root {
 		if e.uids, err = newUIDRanges(cfg.UIDBase, cfg.UIDCount); err != nil {
+			return nil, err
+		}
+		if e.disks, err = disk.NewMaker(filepath.Join(e.dir, "disks")); err != nil {
 			return nil, err
 		}
 		if e.groups, err = cgroup.Find("executord-"+e.key(), cfg.CgroupParent); err != nil {
@@ -226,7 +231,7 @@ func (e *Engine) DefaultLimits() engine.Limits {
 	if ok, _ := e.canLimit(cgroup.CPU); !ok {
 		l.CPUMillis = 0
 	}
-	return l
+	return e.enforceable(l)
 }
 
 func (e *Engine) canLimit(controller string) (bool, string) {
@@ -238,7 +243,7 @@ func (e *Engine) canLimit(controller string) (bool, string) {
 
 // CheckLimits refuses what cannot be enforced.
 func (e *Engine) CheckLimits(l engine.Limits) error {
-	if l.MemoryBytes < 0 || l.PIDs < 0 || l.CPUMillis < 0 {
+	if l.MemoryBytes < 0 || l.PIDs < 0 || l.CPUMillis < 0 || l.DiskBytes < 0 || l.OpenFiles < 0 {
 		return fault.New(fault.Invalid, "LIMIT_NEGATIVE", "limits %+v: must not be negative", l)
 	}
 	for _, asked := range []struct {
@@ -251,12 +256,10 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 			continue
 		}
 		if ok, why := e.canLimit(asked.controller); !ok {
-			return fault.New(fault.FailedPrecondition, "LIMIT_NOT_ENFORCEABLE",
-				"limits.%s cannot be enforced on this host: %s; run executord as root, or ask for no such limit", asked.field, why).
-				With("field", "limits."+asked.field)
+			return notEnforceable(asked.field, why, "run executord as root")
 		}
 	}
-	return nil
+	return e.checkFiles(l)
 }
 
 // Create makes a sandbox, or returns the one that has the id and lives.

@@ -87,7 +87,7 @@ func runAll(m *testing.M) (code int, err error) {
 		endChildren()
 		return code, leftGroups(temp)
 	}
-	return 0, errors.Join(goleak.Find(), leftProcesses(), leftMounts(string(mounts), temp), leftGroups(temp), leftDescriptors(), leftFiles(temp))
+	return 0, errors.Join(goleak.Find(), leftProcesses(), leftMounts(string(mounts), temp), leftLoops(temp), leftGroups(temp), leftDescriptors(), leftFiles(temp))
 }
 
 // endChildren kills what the tests started and did not end; guests end all in their

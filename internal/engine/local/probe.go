@@ -71,6 +71,10 @@ func (e *Engine) capabilities() []engine.Capability {
 		ok, detail := e.canLimit(limit.controller)
 		add(limit.name, ok, detail, remedyForLimits)
 	}
+	ok, detail, hint := e.canLimitDisk()
+	add("limit.disk", ok, detail, hint)
+	ok, _, detail, hint = canLimitFiles()
+	add("limit.open_files", ok, detail, hint)
 	if e.groups != nil {
 		ok, detail := e.groups.CanKill()
 		add("kill.cgroup", ok, detail, "mount the cgroup2 file system; until then trees are followed through /proc")

@@ -21,6 +21,9 @@ type record struct {
 	PID        int    `json:"pid"`
 	StartTicks uint64 `json:"start_ticks"`
 	Boot       string `json:"boot"`
+	// Loop is the number of the loop device of the sandbox's disk; nil if it has none, or
+	// none yet.
+	Loop *int `json:"loop,omitempty"`
 }
 
 // recordFile is the record of a sandbox that is being made.
@@ -55,7 +58,7 @@ func (r *recordFile) write(sb *sandbox, boot string) error {
 }
 
 func recordOf(sb *sandbox) record {
-	r := record{Limits: sb.limits}
+	r := record{Limits: sb.limits, Loop: sb.loop}
 	if sb.group != nil {
 		r.Groups = sb.group.Paths()
 	}

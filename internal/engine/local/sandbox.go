@@ -11,6 +11,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local/cgroup"
+	"github.com/harvest-run/executord/internal/engine/local/disk"
 )
 
 // sandbox is one local sandbox.
@@ -21,6 +22,7 @@ type sandbox struct {
 	limits  engine.Limits
 	group   *cgroup.Group // nil for an ordinary user
 	process *process
+	loop    *int // the number of the loop device of its disk; nil if it has none
 
 	done chan struct{} // closed when the guest has ended
 
@@ -40,7 +42,7 @@ func (e *Engine) adopt(id string) (*sandbox, error) {
 	sb := e.newSandbox(id)
 	r, err := readRecord(filepath.Join(sb.dir, recordName))
 	if err == nil {
-		sb.limits = r.Limits
+		sb.limits, sb.loop = r.Limits, r.Loop
 		sb.process, err = findProcess(r.PID, r.StartTicks, r.Boot)
 	}
 	if e.groups != nil {
@@ -142,6 +144,11 @@ func (sb *sandbox) remove(ctx context.Context) error {
 	if sb.process != nil {
 		sb.process.kill()
 	}
+	image := filepath.Join(sb.dir, diskName)
+	if sb.loop != nil {
+		// Where it cannot be, the end only takes longer: it is written before it is removed.
+		_ = disk.Discard(image, *sb.loop)
+	}
 	// With the guest, process 1 of its namespace, the kernel ends all others before it
 	// says that the guest has ended: nothing has to be asked for again and again.
 	if err := sb.awaitGuest(ctx); err != nil {
@@ -149,6 +156,11 @@ func (sb *sandbox) remove(ctx context.Context) error {
 	}
 	if sb.group != nil {
 		if err := errors.Join(sb.group.Kill(ctx), sb.group.Remove()); err != nil {
+			return err
+		}
+	}
+	if sb.loop != nil {
+		if err := disk.AwaitDetached(ctx, image, *sb.loop); err != nil {
 			return err
 		}
 	}

@@ -16,6 +16,7 @@ import (
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/local/disk"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/guest/wire"
 	"golang.org/x/sys/unix"
@@ -53,6 +54,8 @@ func withShortPath(path string, f func(string) error) error {
 type setup struct {
 	message *guestv1.Setup
 	files   []*os.File
+	disk    *disk.Disk // nil where there is no limit of disk
+	layers  *os.File   // the first mount of the disk, until it is one of files
 }
 
 // newSetup is what a guest is told of itself; the rest is added.
@@ -76,6 +79,12 @@ func (s *setup) add(f *os.File) uint32 {
 func (s *setup) close() {
 	for _, f := range s.files {
 		f.Close()
+	}
+	if s.layers != nil {
+		s.layers.Close()
+	}
+	if s.disk != nil {
+		_ = s.disk.Close() // it stays where it is mounted
 	}
 }
 

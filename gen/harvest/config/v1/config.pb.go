@@ -770,7 +770,13 @@ type Limits struct {
 	Pids int64 `protobuf:"varint,2,opt,name=pids,proto3" json:"pids,omitempty"`
 	// Processor time of a sandbox per second of real time, in thousandths of a core:
 	// 10 to 1,024,000, or 0 for no limit. Default 0.
-	CpuMillis     int64 `protobuf:"varint,3,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
+	CpuMillis int64 `protobuf:"varint,3,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
+	// All that a sandbox writes into its files, in bytes: 16 MiB to 1 TiB, or 0 for no
+	// limit. Default 0: a limit takes root, mkfs.ext4 and a loop device for each sandbox.
+	DiskBytes int64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	// Open files of each process of a sandbox: 16 to 1,048,576, or 0 for what executord
+	// was started with. Default 0.
+	OpenFiles     int64 `protobuf:"varint,5,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -822,6 +828,20 @@ func (x *Limits) GetPids() int64 {
 func (x *Limits) GetCpuMillis() int64 {
 	if x != nil {
 		return x.CpuMillis
+	}
+	return 0
+}
+
+func (x *Limits) GetDiskBytes() int64 {
+	if x != nil {
+		return x.DiskBytes
+	}
+	return 0
+}
+
+func (x *Limits) GetOpenFiles() int64 {
+	if x != nil {
+		return x.OpenFiles
 	}
 	return 0
 }
@@ -1653,7 +1673,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x06Format\x12\x16\n" +
 	"\x12FORMAT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vFORMAT_TEXT\x10\x01\x12\x0f\n" +
-	"\vFORMAT_JSON\x10\x02\"\xd5\x02\n" +
+	"\vFORMAT_JSON\x10\x02\"\xb3\x04\n" +
 	"\x06Limits\x12f\n" +
 	"\fmemory_bytes\x18\x01 \x01(\x03BC\xbaH\x11\xd8\x01\x01\"\f\x18\x80\x80\x80\x80\x80 (\x80\x80\x80\b\x8a\xb5\x18+\n" +
 	"#memory of a sandbox; 0 for no limit\x12\x042GiBR\vmemoryBytes\x12j\n" +
@@ -1662,7 +1682,13 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\n" +
 	"cpu_millis\x18\x03 \x01(\x03BX\xbaH\v\xd8\x01\x01\"\x06\x18\x80\xc0>(\n" +
 	"\x8a\xb5\x18F\n" +
-	"Dprocessor time of a sandbox in thousandths of a core; 0 for no limitR\tcpuMillis\"\x98\x02\n" +
+	"Dprocessor time of a sandbox in thousandths of a core; 0 for no limitR\tcpuMillis\x12f\n" +
+	"\n" +
+	"disk_bytes\x18\x04 \x01(\x03BG\xbaH\x11\xd8\x01\x01\"\f\x18\x80\x80\x80\x80\x80 (\x80\x80\x80\b\x8a\xb5\x18/\n" +
+	"-what a sandbox writes to disk; 0 for no limitR\tdiskBytes\x12t\n" +
+	"\n" +
+	"open_files\x18\x05 \x01(\x03BU\xbaH\v\xd8\x01\x01\"\x06\x18\x80\x80@(\x10\x8a\xb5\x18C\n" +
+	"Aopen files of each process of a sandbox; 0 for those of executordR\topenFiles\"\x98\x02\n" +
 	"\x06Output\x12\x90\x01\n" +
 	"\x16default_retained_bytes\x18\x01 \x01(\x03BZ\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x18F\n" +
 	">output that is kept of an execution that asks for nothing else\x12\x041GiBR\x14defaultRetainedBytes\x12{\n" +

@@ -466,7 +466,15 @@ type Limits struct {
 	CpuMillis int64 `protobuf:"varint,2,opt,name=cpu_millis,json=cpuMillis,proto3" json:"cpu_millis,omitempty"`
 	// Processes and threads at a time; 8 to 1,000,000. The guest's own threads are
 	// not counted against it.
-	Pids          int64 `protobuf:"varint,3,opt,name=pids,proto3" json:"pids,omitempty"`
+	Pids int64 `protobuf:"varint,3,opt,name=pids,proto3" json:"pids,omitempty"`
+	// All that the sandbox writes into its files, in bytes; 16 MiB to 1 TiB. What goes
+	// over fails inside with ENOSPC and nothing of the host is taken. A small part is
+	// for the file system itself, and for each 16 KiB there can be one file. /dev/shm
+	// counts as memory.
+	DiskBytes int64 `protobuf:"varint,4,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
+	// Open files of each process (RLIMIT_NOFILE, which no process can raise); 16 to
+	// 1,048,576. What goes over fails inside with EMFILE.
+	OpenFiles     int64 `protobuf:"varint,5,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -518,6 +526,20 @@ func (x *Limits) GetCpuMillis() int64 {
 func (x *Limits) GetPids() int64 {
 	if x != nil {
 		return x.Pids
+	}
+	return 0
+}
+
+func (x *Limits) GetDiskBytes() int64 {
+	if x != nil {
+		return x.DiskBytes
+	}
+	return 0
+}
+
+func (x *Limits) GetOpenFiles() int64 {
+	if x != nil {
+		return x.OpenFiles
 	}
 	return 0
 }
@@ -679,13 +701,17 @@ const file_harvest_executor_v1_command_proto_rawDesc = "" +
 	"\x04Code\x12E\n" +
 	"\blanguage\x18\x01 \x01(\x0e2\x1d.harvest.executor.v1.LanguageB\n" +
 	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\blanguage\x12#\n" +
-	"\x06source\x18\x02 \x01(\tB\v\xbaH\br\x06 \x01(\x80\x80@R\x06source\"\x94\x01\n" +
+	"\x06source\x18\x02 \x01(\tB\v\xbaH\br\x06 \x01(\x80\x80@R\x06source\"\xf8\x01\n" +
 	"\x06Limits\x127\n" +
 	"\fmemory_bytes\x18\x01 \x01(\x03B\x14\xbaH\x11\xd8\x01\x01\"\f\x18\x80\x80\x80\x80\x80 (\x80\x80\x80\bR\vmemoryBytes\x12-\n" +
 	"\n" +
 	"cpu_millis\x18\x02 \x01(\x03B\x0e\xbaH\v\xd8\x01\x01\"\x06\x18\x80\xc0>(\n" +
 	"R\tcpuMillis\x12\"\n" +
-	"\x04pids\x18\x03 \x01(\x03B\x0e\xbaH\v\xd8\x01\x01\"\x06\x18\xc0\x84=(\bR\x04pids\"\xcd\x02\n" +
+	"\x04pids\x18\x03 \x01(\x03B\x0e\xbaH\v\xd8\x01\x01\"\x06\x18\xc0\x84=(\bR\x04pids\x123\n" +
+	"\n" +
+	"disk_bytes\x18\x04 \x01(\x03B\x14\xbaH\x11\xd8\x01\x01\"\f\x18\x80\x80\x80\x80\x80 (\x80\x80\x80\bR\tdiskBytes\x12-\n" +
+	"\n" +
+	"open_files\x18\x05 \x01(\x03B\x0e\xbaH\v\xd8\x01\x01\"\x06\x18\x80\x80@(\x10R\topenFiles\"\xcd\x02\n" +
 	"\fOutputPolicy\x12:\n" +
 	"\x0eretained_bytes\x18\x01 \x01(\x03B\x13\xbaH\x10\xd8\x01\x01\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@R\rretainedBytes\x12N\n" +
 	"\bon_limit\x18\x02 \x01(\x0e2).harvest.executor.v1.OutputPolicy.OnLimitB\b\xbaH\x05\x82\x01\x02\x10\x01R\aonLimit\x12K\n" +

@@ -924,7 +924,10 @@ type StartRequest struct {
 	Terminal *TerminalSize `protobuf:"bytes,12,opt,name=terminal,proto3" json:"terminal,omitempty"`
 	// Milliseconds without output, input and use of the processor after which the
 	// guest stops the command by itself; 0 means never. Counted by the guest too.
-	IdleMs        uint64 `protobuf:"varint,13,opt,name=idle_ms,json=idleMs,proto3" json:"idle_ms,omitempty"`
+	IdleMs uint64 `protobuf:"varint,13,opt,name=idle_ms,json=idleMs,proto3" json:"idle_ms,omitempty"`
+	// The most files that each process of the command can have open: RLIMIT_NOFILE, hard
+	// and soft, set before the program's first instruction. 0 sets none.
+	OpenFiles     uint64 `protobuf:"varint,16,opt,name=open_files,json=openFiles,proto3" json:"open_files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1046,6 +1049,13 @@ func (x *StartRequest) GetTerminal() *TerminalSize {
 func (x *StartRequest) GetIdleMs() uint64 {
 	if x != nil {
 		return x.IdleMs
+	}
+	return 0
+}
+
+func (x *StartRequest) GetOpenFiles() uint64 {
+	if x != nil {
+		return x.OpenFiles
 	}
 	return 0
 }
@@ -2781,7 +2791,7 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\vKIND_CLOSED\x10\b\x12\x0e\n" +
 	"\n" +
 	"KIND_ENDED\x10\tB\x13\n" +
-	"\x11_committed_offset\"\xc0\x03\n" +
+	"\x11_committed_offset\"\xdf\x03\n" +
 	"\fStartRequest\x12\x1c\n" +
 	"\texecution\x18\x01 \x01(\tR\texecution\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x10\n" +
@@ -2798,7 +2808,9 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	" \x01(\x04R\agraceMs\x12\x14\n" +
 	"\x05stdin\x18\v \x01(\bR\x05stdin\x12:\n" +
 	"\bterminal\x18\f \x01(\v2\x1e.harvest.guest.v1.TerminalSizeR\bterminal\x12\x17\n" +
-	"\aidle_ms\x18\r \x01(\x04R\x06idleMs\"<\n" +
+	"\aidle_ms\x18\r \x01(\x04R\x06idleMs\x12\x1d\n" +
+	"\n" +
+	"open_files\x18\x10 \x01(\x04R\topenFiles\"<\n" +
 	"\fTerminalSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
 	"\acolumns\x18\x02 \x01(\rR\acolumns\"D\n" +
