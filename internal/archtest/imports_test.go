@@ -96,7 +96,7 @@ func rules() []rule {
 		},
 		{
 			of:   []string{"./internal/engine/local/..."},
-			ours: []string{"./internal/engine", "./internal/fault", "./internal/guest/wire", "./internal/guest/forkserver", "./gen/harvest/guest/..."},
+			ours: []string{"./internal/engine", "./internal/fault", "./internal/guest/wire", "./internal/guest/forkserver", "./gen/harvest/guest/...", "./internal/ext4"},
 			why:  "an engine makes a box and hands over a pipe: it knows nothing of commands, sessions or requests",
 		},
 		{

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/eventlog"
+	"github.com/harvest-run/executord/internal/ext4"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
 )
@@ -134,7 +136,8 @@ func New(cfg Config) (*Service, error) {
 	if err := logs.discardSpares(); err != nil {
 		return nil, fmt.Errorf("remove the spare event logs of an earlier time: %w", err)
 	}
-	if err := os.Mkdir(cfg.Dir+spareSuffix, 0o700); err != nil {
+	spares := cfg.Dir + spareSuffix
+	if err := errors.Join(os.Mkdir(spares, 0o700), ext4.Spread(spares)); err != nil {
 		return nil, fmt.Errorf("make the directory of spare event logs: %w", err)
 	}
 	for range spareLogs {
@@ -218,6 +221,9 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 	}
 	run.attendIfAsked(runCtx)
 	s.work.Go(func() { run.begin(runCtx, command) })
+	// The start goes first: it is handed to the guest before this goroutine keeps the
+	// processor waiting for the disk.
+	runtime.Gosched()
 	// While the sandbox is at work the disk is too. Nobody is told of the execution
 	// before its record is safe from a power cut. A caller who leaves meanwhile leaves an
 	// execution behind, as one does who leaves a moment later.

@@ -68,25 +68,6 @@ func makeLayers(dir string, img *hostimage.Image) error {
 	return nil
 }
 
-// spread asks ext4 to put what is made in the directories below this one into different
-// parts of the disk. It does not use again at once what was deleted, and where many
-// sandboxes come and go looks at each inode of those that went. Other file systems know
-// nothing of this, and need not.
-func spread(dir string) error {
-	const topDirectory = 0x20000 // FS_TOPDIR_FL
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
-	if err != nil || flags&topDirectory != 0 {
-		return nil
-	}
-	_ = unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags|topDirectory))
-	return nil
-}
-
 // addLayers names the layers of each tree: as mounts that shift the ids on disk to
 // those of the sandbox, so that all sandboxes share them, or for an ordinary user,
 // who cannot make such mounts, as paths.

@@ -12,44 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What is made below a directory that was spread lies in several parts of an ext4, and
-// on other file systems works as ever.
-func TestSpread(t *testing.T) {
-	for _, parent := range []string{t.TempDir(), "/dev/shm"} {
-		dir, err := os.MkdirTemp(parent, "executord-spread-")
-		if err != nil {
-			t.Logf("%s: %v", parent, err)
-			continue
-		}
-		defer os.RemoveAll(dir)
-		for range 2 {
-			if err := spread(dir); err != nil {
-				t.Error(err)
-			}
-		}
-		var kind unix.Statfs_t
-		if err := unix.Statfs(dir, &kind); err != nil {
-			t.Fatal(err)
-		}
-		// Inodes are numbered by group, 8,192 or so in each.
-		groups := make(map[uint64]bool)
-		for _, name := range []string{"a", "b", "c", "d", "e", "f", "g", "h"} {
-			var st unix.Stat_t
-			path := filepath.Join(dir, name)
-			if err := errors.Join(os.Mkdir(path, 0o700), unix.Stat(path, &st)); err != nil {
-				t.Fatal(err)
-			}
-			groups[st.Ino/2048] = true
-		}
-		if kind.Type == unix.EXT4_SUPER_MAGIC && kind.Blocks*uint64(kind.Bsize) > 8<<30 && len(groups) < 2 {
-			t.Errorf("in %s eight directories lie in one group", parent)
-		}
-	}
-	if err := spread(filepath.Join(t.TempDir(), "missing")); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("of a directory that is not there: %v", err)
-	}
-}
-
 func TestSandboxesAreSpread(t *testing.T) {
 	e := newEngine(t)
 	f, err := os.Open(e.sandboxDir(""))

@@ -33,6 +33,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine/local/disk"
 	"github.com/harvest-run/executord/internal/engine/local/hostimage"
 	"github.com/harvest-run/executord/internal/engine/local/seccomp"
+	"github.com/harvest-run/executord/internal/ext4"
 	"github.com/harvest-run/executord/internal/fault"
 )
 
@@ -110,7 +111,7 @@ func prepare(cfg Config) (_ *Engine, err error) {
 			return nil, fmt.Errorf("make the engine's directory: %w", err)
 		}
 	}
-	if err := spread(e.sandboxDir("")); err != nil {
+	if err := ext4.Spread(e.sandboxDir("")); err != nil {
 		return nil, err
 	}
 	if e.boot, err = bootID(); err != nil {
