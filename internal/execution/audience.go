@@ -1,8 +1,10 @@
 package execution
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -12,12 +14,18 @@ import (
 // moment; a machine that has too much to do may make it long.
 const attendTime = 10 * time.Second
 
+// holdTime is how long the place of a watcher who left is kept for him: who comes back
+// after his connection broke finds what he had not read.
+const holdTime = 15 * time.Second
+
 // audience is who watches an execution that has not ended, and how far they are.
 type audience struct {
 	mu sync.Mutex
 	// places is for each the last event that it is through with. It lags behind where
 	// nobody asks for it.
 	places map[*Watcher]uint64
+	// held are places of those who left, until somebody comes back to one or its time is up.
+	held []heldPlace
 	// empty is since when nobody watches.
 	empty time.Time
 	// expected is until when somebody is counted who is about to watch.
@@ -28,6 +36,12 @@ type audience struct {
 	wanted uint64
 	// news tells that the slowest is that far, or is somebody else.
 	news func()
+}
+
+// heldPlace is where somebody was who left.
+type heldPlace struct {
+	place uint64
+	until time.Time
 }
 
 func newAudience(news func()) *audience {
@@ -45,15 +59,27 @@ func (a *audience) expect() {
 func (a *audience) join(w *Watcher, place uint64) {
 	a.mu.Lock()
 	a.places[w] = place
+	if len(a.held) > 0 { // the nearest is most likely his own
+		nearest := slices.MinFunc(a.held, func(x, y heldPlace) int {
+			return cmp.Compare(distance(x.place, place), distance(y.place, place))
+		})
+		i := slices.Index(a.held, nearest)
+		a.held = slices.Delete(a.held, i, i+1)
+	}
 	a.expected = time.Time{}
 	a.changedLocked()
 	a.mu.Unlock()
 	a.news()
 }
 
-// leave takes a watcher out.
-func (a *audience) leave(w *Watcher) {
+func distance(a, b uint64) uint64 { return max(a, b) - min(a, b) }
+
+// leave takes a watcher out. If hold is set his place is kept for a while.
+func (a *audience) leave(w *Watcher, hold bool) {
 	a.mu.Lock()
+	if place, here := a.places[w]; here && hold {
+		a.held = append(a.held, heldPlace{place, time.Now().Add(holdTime)})
+	}
 	delete(a.places, w)
 	if len(a.places) == 0 {
 		a.empty = time.Now()
@@ -74,8 +100,8 @@ func (a *audience) through(w *Watcher, place uint64) {
 	}
 }
 
-// slowest is how far all are; false if there is nobody. A place from wanted on is told
-// as news.
+// slowest is how far all are who watch, or left a moment ago; false if nobody watches. A
+// place from wanted on is told as news.
 func (a *audience) slowest(wanted uint64) (place uint64, ok bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -85,7 +111,24 @@ func (a *audience) slowest(wanted uint64) (place uint64, ok bool) {
 			place, ok = p, true
 		}
 	}
+	now := time.Now()
+	a.held = slices.DeleteFunc(a.held, func(h heldPlace) bool { return !now.Before(h.until) })
+	for _, h := range a.held {
+		place = min(place, h.place)
+	}
 	return place, ok
+}
+
+// release is when the next place that is held is given up; false if there is none.
+func (a *audience) release() (at time.Time, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, h := range a.held {
+		if !ok || h.until.Before(at) {
+			at, ok = h.until, true
+		}
+	}
+	return at, ok
 }
 
 // alone is when nobody will have watched for the grace, false while somebody does, and

@@ -147,6 +147,9 @@ func (r *run) awaitOver(ctx context.Context) error {
 	}
 	r.remind(ctx, time.Now())
 	wait := r.patience()
+	if at, held := r.audience.release(); held {
+		wait = max(min(wait, time.Until(at)), time.Millisecond)
+	}
 	bounded, stop := context.WithTimeoutCause(ctx, wait+answerTime, errNoAnswer)
 	defer stop()
 	out, err := r.guest.AwaitOver(bounded, r.id, wait)

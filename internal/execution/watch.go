@@ -173,7 +173,7 @@ func (w *Watcher) Close() {
 	if !w.closed {
 		w.closed = true
 		if w.run != nil {
-			w.run.audience.leave(w)
+			w.run.audience.leave(w, w.run.record.Policies.OnLimit == Block && !w.ended)
 		}
 		_ = w.reader.Close() // of what was only read
 		w.log.release()

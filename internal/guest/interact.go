@@ -72,6 +72,10 @@ func (g *Guest) signal(r *guestv1.SignalRequest) error {
 	if r.GetSignal() < 1 || r.GetSignal() > 64 {
 		return refuse(guestv1.Error_KIND_INVALID, "signal %d", r.GetSignal())
 	}
+	// What makes no sense is said whether the command lives or not.
+	if _, known := guestv1.SignalRequest_Scope_name[int32(r.GetScope())]; !known || r.GetScope() == guestv1.SignalRequest_SCOPE_UNSPECIFIED {
+		return refuse(guestv1.Error_KIND_INVALID, "scope %d", r.GetScope())
+	}
 	sig := syscall.Signal(r.GetSignal())
 	return c.whileItLives(func() error {
 		target := c.pid
@@ -87,8 +91,6 @@ func (g *Guest) signal(r *guestv1.SignalRequest) error {
 		case guestv1.SignalRequest_SCOPE_TREE:
 			signalAll(c.tree, sig)
 			return nil
-		default:
-			return refuse(guestv1.Error_KIND_INVALID, "scope %d", r.GetScope())
 		}
 		if !g.reaper.signal(c.pid, target, sig) {
 			return refuse(guestv1.Error_KIND_ENDED, "the command has ended")

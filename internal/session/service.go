@@ -220,8 +220,12 @@ func (s *Service) checkQuotaLocked(owner string) error {
 	}
 	var count int64
 	for _, l := range s.live {
-		if l.owner == owner {
-			count++
+		select {
+		case <-l.ended: // and about to leave: whoever was told so may make another
+		default:
+			if l.owner == owner {
+				count++
+			}
 		}
 	}
 	if count < limit {

@@ -93,8 +93,9 @@ const (
 	OutputPolicy_ON_LIMIT_DROP_OLDEST OutputPolicy_OnLimit = 1
 	// The program waits, as on a full pipe, until its watchers have read what would
 	// have to be dropped: the slowest that is there counts. While there is none,
-	// nothing is dropped. So whoever watches without a break, or comes back with the
-	// cursor of one who did, misses nothing, and a program that nobody watches stands
+	// nothing is dropped. The place of one who leaves is kept for 15 s. So whoever
+	// watches, or comes back within that time, misses nothing but what was on its way
+	// to him when his connection broke (a Gap says so), and a program that nobody watches stands
 	// still once the log is full, until somebody does or it is ended: its timeout and
 	// a cancel hold as ever, and it does not count as idle. What is in its pipes when
 	// it ends is kept in any case; the log may exceed the limit by that, at most 4 MiB.
