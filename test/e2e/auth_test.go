@@ -206,6 +206,11 @@ func TestWhoMayCall(t *testing.T) {
 		t.Errorf("ops sees %q", list)
 	}
 
+	for n := 0; !strings.Contains(g.must(ann, "executions", "output", running), "2\n"); n++ {
+		if n == 300 {
+			t.Fatal("the program says nothing")
+		}
+	}
 	// A rotation of the server's certificate while the program is watched: the stream goes
 	// on, and new connections see the new certificate.
 	follower := exec.Command("nsenter", "--net=/proc/"+strconv.Itoa(g.process.Process.Pid)+"/ns/net", filepath.Join(binaries, "executorctl"), "executions", "watch", running)
