@@ -61,7 +61,11 @@ fuzz: ## run every fuzz target for FUZZTIME (30s) each
 .PHONY: bench
 bench: build ## measure executord beside what one would use instead; prints ratios
 	@scripts/prerequisites bench
-	go run ./test/bench
+	go run ./test/bench -json bin/bench.json
+
+.PHONY: plots
+plots: ## draw the results of the last `make bench` into docs/performance
+	go run ./test/bench plot bin/bench.json docs/performance
 
 .PHONY: demo
 demo: build ## run real programs (CPython's test suite, a C build, 200 MB from Node) and watch them
