@@ -264,7 +264,7 @@ func (r *run) explain(ctx context.Context, err error) error {
 		return nil
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case !ok && ended(r.sandbox), guestclient.KindOf(err) == guestv1.Error_KIND_ENDED, guestclient.KindOf(err) == guestv1.Error_KIND_NOT_FOUND:
+	case !ok && (ended(r.sandbox) || r.log.Sealed()), guestclient.KindOf(err) == guestv1.Error_KIND_ENDED, guestclient.KindOf(err) == guestv1.Error_KIND_NOT_FOUND:
 		return errEnded(r.id)
 	case !ok:
 		return &fault.Error{

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -40,8 +41,11 @@ func TestNotYoursIsNotThere(t *testing.T) {
 			mine.Caller = owner("key:ann")
 			check := func(when string) {
 				t.Helper()
+				var mu sync.Mutex // the collector reads too
 				reads := make(map[string]int)
 				r.memory.hook(func(op string, e execution.Execution) error {
+					mu.Lock()
+					defer mu.Unlock()
 					reads[op+" "+e.ID]++
 					return nil
 				}, nil)
@@ -60,9 +64,11 @@ func TestNotYoursIsNotThere(t *testing.T) {
 					}
 				}
 				// The store is asked as often, so that time does not tell either.
+				mu.Lock()
 				if n := reads["get "+mine.ID]; n == 0 || n != reads["get 01jzzzzzzzzzzzzzzzzzzzzzzz"] {
 					t.Errorf("%s: the store was asked %v", when, reads)
 				}
+				mu.Unlock()
 				if e := r.get(mine); e.Owner != "key:ann" {
 					t.Errorf("%s: it is %q's", when, e.Owner)
 				}
