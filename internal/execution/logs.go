@@ -36,9 +36,11 @@ type logs struct {
 	mu     sync.Mutex
 	opened map[string]*logHandle
 	closed bool
-	// spares were made ahead of their need; made numbers them.
+	// spares were made ahead of their need; made numbers them, making counts those that
+	// are being made.
 	spares []*eventlog.Log
 	made   int
+	making int
 }
 
 const (
@@ -107,20 +109,22 @@ func (l *logs) takeSpare() *eventlog.Log {
 // goes wrong here is found out again, and told, when a log is needed.
 func (l *logs) stock() {
 	l.mu.Lock()
-	full := l.closed || len(l.spares) >= spareLogs
+	if l.closed || len(l.spares)+l.making >= spareLogs {
+		l.mu.Unlock()
+		return
+	}
+	l.making++
 	l.made++
 	dir := filepath.Join(l.dir+spareSuffix, strconv.Itoa(l.made))
 	l.mu.Unlock()
-	if full {
-		return
-	}
 	log, err := eventlog.Create(eventlog.Config{Dir: dir})
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.making--
 	if err != nil {
 		_ = eventlog.Remove(dir)
 		return
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.closed {
 		_ = errors.Join(log.Close(), eventlog.Remove(dir))
 		return
