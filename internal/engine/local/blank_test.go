@@ -267,4 +267,8 @@ func TestBlankGivesUpItsUserIDs(t *testing.T) {
 	if n := len(waiting(e)); n != 0 {
 		t.Errorf("%d wait without a range of user ids", n)
 	}
+	if _, err := sb.Terminate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "one waits again, now that there is a range", func() bool { return len(waiting(e)) == 1 })
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"github.com/harvest-run/executord/internal/fault"
 )
 
 const (
@@ -15,6 +17,8 @@ const (
 	// refillAfter lies before the making of each: whoever took the last one shall not
 	// share the processors with that.
 	refillAfter = 2 * time.Millisecond
+	// refillAgain is when it is tried again after it failed.
+	refillAgain = time.Second
 )
 
 // blanks keeps guests ready. A nil one has none.
@@ -63,15 +67,23 @@ func (m *blanks) take() *blank {
 
 // refill makes guests when some were taken.
 func (m *blanks) refill(ctx context.Context) {
-	for {
-		if err := m.fill(ctx); err != nil && ctx.Err() == nil {
-			// Whoever needs one makes it, and tells what is wrong.
-			m.engine.cfg.Logger.Warn("cannot keep guests ready", "error", err)
+	for failing := false; ; {
+		var again <-chan time.Time
+		err := m.fill(ctx)
+		if err != nil && ctx.Err() == nil {
+			again = time.After(refillAgain)
+			// Whoever needs one makes it, and tells what is wrong. That there is no range of
+			// user ids left for it is as it should be.
+			if !failing && fault.KindOf(err) != fault.Exhausted {
+				m.engine.cfg.Logger.Warn("cannot keep guests ready, trying again", "error", err)
+			}
 		}
+		failing = err != nil
 		select {
 		case <-ctx.Done():
 			return
 		case <-m.taken:
+		case <-again:
 		}
 	}
 }
@@ -79,11 +91,11 @@ func (m *blanks) refill(ctx context.Context) {
 // rest waits until no sandbox is being made; false when ctx ended first. Where they are
 // made all the time, to make guests ahead only moves the work.
 func (m *blanks) rest(ctx context.Context) bool {
-	for {
+	for pause := refillAfter; ; pause = min(2*pause, 25*refillAfter) {
 		select {
 		case <-ctx.Done():
 			return false
-		case <-time.After(refillAfter):
+		case <-time.After(pause):
 		}
 		m.engine.mu.Lock()
 		making := len(m.engine.creating)
