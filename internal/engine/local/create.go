@@ -86,9 +86,12 @@ func (e *Engine) createIn(ctx context.Context, spec engine.Spec, b *blank) (_ *s
 			}
 		}
 	}()
+	defer b.close()
+	if err := sb.hold(spec); err != nil {
+		return nil, err
+	}
 	s := newSetup(spec.ID, e, sb.limits)
 	defer s.close()
-	defer b.close()
 	if b.ids != nil {
 		s.message.HeldFds = append(s.message.HeldFds, s.add(b.ids))
 		b.ids = nil

@@ -76,11 +76,16 @@ type Engine struct {
 	disks   *disk.Maker // nil for an ordinary user
 	filter  []byte
 	capable []engine.Capability
+	// What sandboxes are made from besides the host, and what outlives them.
+	snapshots *imageStore
+	volumes   *volumeStore
 
 	mu        sync.Mutex
 	sandboxes map[string]*sandbox
 	creating  map[string]chan struct{}
 	watchers  sync.WaitGroup
+	// background is work that nobody waits for any more but Close.
+	background sync.WaitGroup
 }
 
 // New prepares the engine and makes one sandbox to see that it can. Its errors say
@@ -97,6 +102,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if cfg.Blank > 0 {
 		e.blanks = newBlanks(ctx, e, cfg.Blank)
 	}
+	e.snapshots.start()
 	return e, nil
 }
 
@@ -126,6 +132,12 @@ func prepare(ctx context.Context, cfg Config) (_ *Engine, err error) {
 	}
 	e.images = hostimage.New(hostimage.Config{Dir: filepath.Join(e.dir, "images"), Host: "/", Boot: e.boot, Extra: cfg.ExtraPaths})
 	if err := e.apart(); err != nil {
+		return nil, err
+	}
+	if e.snapshots, err = openImageStore(e.dir, e.sandboxDir(""), cfg.Logger); err != nil {
+		return nil, err
+	}
+	if e.volumes, err = openVolumeStore(e.dir, e.sandboxDir("")); err != nil {
 		return nil, err
 	}
 	program, err := guestFile(cfg.Guest)
@@ -271,30 +283,6 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 		}
 	}
 	return e.checkFiles(l)
-}
-
-// CheckSpec refuses what there is not.
-func (e *Engine) CheckSpec(spec engine.Spec) error {
-	if err := e.CheckLimits(spec.Limits); err != nil {
-		return err
-	}
-	if err := engine.CheckVolumes(spec.Volumes); err != nil {
-		return fault.New(fault.Invalid, "VOLUMES", "%v", err)
-	}
-	missing := func(reason, what string) error {
-		return fault.New(fault.FailedPrecondition, reason, "the local engine has no %s", what)
-	}
-	switch {
-	case spec.Image != "":
-		return missing("IMAGE_NOT_AVAILABLE", "images")
-	case len(spec.Volumes) > 0:
-		return missing("VOLUMES_NOT_AVAILABLE", "volumes")
-	case !spec.Placement.IsZero():
-		return missing("PLACEMENT_NOT_AVAILABLE", "choice of places")
-	case len(spec.Secrets) > 0:
-		return missing("SECRETS_NOT_AVAILABLE", "named secrets")
-	}
-	return nil
 }
 
 // Create makes a sandbox, or returns the one that has the id and lives.
@@ -452,6 +440,8 @@ func (e *Engine) Close() error {
 		sb.process.stopWatching()
 	}
 	e.watchers.Wait()
+	e.snapshots.close()
+	e.background.Wait()
 	for _, sb := range followed {
 		sb.process.fd.Close()
 	}
