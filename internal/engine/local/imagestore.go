@@ -55,6 +55,15 @@ func openImageStore(dir, sandboxes string, log *slog.Logger) (*imageStore, error
 			return nil, fmt.Errorf("make the directory of images: %w", err)
 		}
 	}
+	half, err := filepath.Glob(filepath.Join(s.images, newPattern+"*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range half {
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("remove what is left of an image: %w", err)
+		}
+	}
 	entries, err := os.ReadDir(sandboxes)
 	if err != nil {
 		return nil, err
@@ -168,6 +177,9 @@ func (s *imageStore) over(layer string) {
 	s.wake()
 }
 
+// newPattern begins the names of files that are being written.
+const newPattern = ".new-"
+
 // writeDurably makes a file that is there as a whole or not at all, also after a crash.
 func writeDurably(path string, text []byte) (err error) {
 	dir, err := os.Open(filepath.Dir(path))
@@ -175,7 +187,7 @@ func writeDurably(path string, text []byte) (err error) {
 		return err
 	}
 	defer dir.Close()
-	f, err := os.CreateTemp(dir.Name(), ".new-")
+	f, err := os.CreateTemp(dir.Name(), newPattern)
 	if err != nil {
 		return err
 	}
@@ -288,7 +300,7 @@ func (s *imageStore) unused(now time.Time) (names []string, next time.Duration, 
 	for _, d := range entries {
 		path := filepath.Join(s.images, d.Name())
 		if !strings.HasSuffix(d.Name(), ".json") {
-			continue // being written, or left by a crash; it names nothing
+			continue // being written
 		}
 		img, err := readImage(path)
 		if err != nil {

@@ -161,7 +161,7 @@ func (sb *sandbox) copyOwn(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	defer own.Close()
-	if sb.group == nil {
+	if !sb.engine.commandGroups() {
 		if err := sb.mustBeIdle(); err != nil {
 			return err
 		}
@@ -215,7 +215,7 @@ func (sb *sandbox) openOwn() (*os.File, error) {
 func (sb *sandbox) mustBeIdle() error {
 	if n := sb.processes(); n > 0 {
 		return fault.New(fault.FailedPrecondition, "SNAPSHOT_NOT_AVAILABLE",
-			"%d processes run in the sandbox, and an ordinary user cannot make them stand still: end them, or run executord as root", n)
+			"%d processes run in the sandbox, and without control groups of version 2 they cannot be made to stand still: end them, or run executord as root", n)
 	}
 	return nil
 }
@@ -284,12 +284,28 @@ func (sb *sandbox) flatten(ctx context.Context, dir string) error {
 			}
 		}
 	}
+	img, err := sb.engine.images.Prepare()
+	if err != nil {
+		return err
+	}
+	for _, tree := range trees(img) {
+		base, layer := tree, filepath.Join(dir, overlayName(tree))
+		if tree == "/" {
+			base = img.Skeleton
+		}
+		if _, err := os.Lstat(layer); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err := layercopy.Settle(ctx, layer, base); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
 // canSnapshot says whether snapshots can be made, and whether while processes run.
 func (e *Engine) canSnapshot() (ok bool, detail, remedy string) {
-	if ok := e.commandGroups(); ok {
+	if e.commandGroups() {
 		return true, "a copy of what was written, while processes stand still", ""
 	}
 	if e.root {
