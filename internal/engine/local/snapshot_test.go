@@ -327,6 +327,14 @@ func TestSnapshotWithoutGroups(t *testing.T) {
 	if got := does(t, sb, "stat -c %a /workspace/d /workspace/d/x"); got != "0\n0" {
 		t.Errorf("the copied files are left as %q", got)
 	}
+	// What nobody may look into can be removed.
+	if _, err := b.Terminate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Images().Delete(t.Context(), ref); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "nothing is left", func() bool { l, i := e.left(t); return len(l)+len(i) == 0 })
 }
 
 // What executord itself put into a sandbox is no part of its snapshots.
