@@ -194,8 +194,18 @@ func (s *sessionService) WatchSession(req *executorv1.WatchSessionRequest, strea
 	if err != nil {
 		return err
 	}
-	return followSession(stream.Context(), s.senders, watcher, interval, func(e *executorv1.SessionEvent) error {
-		return stream.Send(&executorv1.WatchSessionResponse{Event: e})
+	return follow(stream.Context(), s.senders, following[session.Event, *executorv1.SessionEvent]{
+		source: watcher, interval: interval,
+		convert: func(e session.Event) *executorv1.SessionEvent { return sessionEventProto(ref.ID, e) },
+		send: func(e *executorv1.SessionEvent) error {
+			return stream.Send(&executorv1.WatchSessionResponse{Event: e})
+		},
+		beat: func() *executorv1.SessionEvent {
+			return &executorv1.SessionEvent{
+				Cursor: journalCursorProto(watcher.Cursor()),
+				Kind:   &executorv1.SessionEvent_Heartbeat{Heartbeat: &executorv1.Heartbeat{LastEventTime: timestamp(watcher.LastEventTime())}},
+			}
+		},
 	})
 }
 

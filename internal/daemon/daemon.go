@@ -212,7 +212,7 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
 	sessionService, err := session.New(session.Config{
-		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
+		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, Dir: filepath.Join(c.Settings.GetStateDir(), "sessions"), MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the session service: %w", err)

@@ -269,8 +269,16 @@ func (l *live) reopen(ctx context.Context) bool {
 		case <-ctx.Done():
 		}
 		again.Stop()
-		return ctx.Err() == nil // await finds out why it is to end
+		if now := time.Now(); !now.Before(l.snapshot().ExpireTime()) {
+			l.expire()
+		}
+		return ctx.Err() == nil
 	}
+}
+
+// expire ends a session whose lifetime has passed.
+func (l *live) expire() {
+	l.end(Expired, fmt.Sprintf("its lifetime of %v passed", l.snapshot().Lifetime))
 }
 
 func (l *live) open(ctx context.Context) (engine.Sandbox, error) {

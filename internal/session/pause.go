@@ -227,8 +227,8 @@ func (l *live) rest(ctx context.Context) bool {
 	case <-l.nudge: // it goes on, or has another lifetime
 	case <-l.ending:
 	case <-expiry.C:
-		if record := l.snapshot(); !time.Now().Before(record.ExpireTime()) {
-			l.end(Expired, fmt.Sprintf("its lifetime of %v passed", record.Lifetime))
+		if !time.Now().Before(l.snapshot().ExpireTime()) {
+			l.expire()
 		}
 	case <-ctx.Done():
 		return false

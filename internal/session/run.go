@@ -67,7 +67,7 @@ func (l *live) due(ctx context.Context, record Session, now time.Time, told *dea
 	}
 	expiry := record.ExpireTime()
 	if !now.Before(expiry) {
-		l.end(Expired, fmt.Sprintf("its lifetime of %v passed", record.Lifetime))
+		l.expire()
 		return 0, true, true
 	}
 	wait = l.warn("EXPIRY", expiry, record.Lifetime, now, &told.expiry)

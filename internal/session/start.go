@@ -49,7 +49,7 @@ func (l *live) make(ctx context.Context) bool {
 	// Recorded before anybody can use it: what runs in it must be found again.
 	if !l.enter(ctx, Running, sandbox, func(r *Session) {
 		r.Limits = sandbox.Limits()
-		r.Details.Checkouts, r.Details.Base, r.Details.Prepared = details.Checkouts, details.Base, true
+		r.Details.Checkouts, r.Details.Base, r.Details.Prepared = details.Checkouts, details.Base, len(details.Repositories) > 0
 		r.Details.Conversation, r.Details.Snapshot = details.Conversation, ""
 		r.Details.SandboxDeadline = sandbox.Deadline()
 	}) {
