@@ -96,7 +96,7 @@ func (s *Service) forkable(ctx context.Context, parent Session) (ref engine.Imag
 	}
 	bounded, stop := context.WithTimeoutCause(ctx, snapshotTime, fmt.Errorf("no snapshot within %v", snapshotTime))
 	defer stop()
-	ref, err = sandbox.Snapshot(bounded, engine.SnapshotRequest{})
+	ref, err = sandbox.Snapshot(bounded, engine.SnapshotRequest{TTL: savedTTL})
 	if err != nil {
 		return "", false, fmt.Errorf("make a snapshot of session %s: %w", parent.ID, err)
 	}
@@ -112,4 +112,26 @@ func merge(a, b map[string]string) map[string]string {
 	maps.Copy(all, a)
 	maps.Copy(all, b)
 	return all
+}
+
+// Diff tells what differs in each repository of a running session from what was checked
+// out. Faults as Sandbox's.
+func (s *Service) Diff(ctx context.Context, ref Ref) ([]RepositoryDiff, error) {
+	sandbox, err := s.Sandbox(ctx, ref.ID, ref.Caller)
+	if err != nil {
+		return nil, err
+	}
+	record, err := s.Get(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	var all []RepositoryDiff
+	for _, c := range record.Details.Checkouts {
+		d, err := s.cfg.Parts.Workspace.Diff(ctx, sandbox, c)
+		if err != nil {
+			return nil, fmt.Errorf("compare %s: %w", c.Path, err)
+		}
+		all = append(all, d)
+	}
+	return all, nil
 }

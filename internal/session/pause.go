@@ -158,7 +158,9 @@ func (l *live) freeze(ctx context.Context, record Session) (engine.ImageRef, err
 	err := l.do(StepSnapshot, "", func() (err error) {
 		ctx, stop := context.WithTimeoutCause(ctx, snapshotTime, fmt.Errorf("no snapshot within %v", snapshotTime))
 		defer stop()
-		ref, err = l.sandbox.Snapshot(ctx, engine.SnapshotRequest{})
+		// It is removed with what is made from it. If executord dies before the record names
+		// it, its time passes.
+		ref, err = l.sandbox.Snapshot(ctx, engine.SnapshotRequest{TTL: max(time.Until(record.ExpireTime()), 0) + savedTTL})
 		return err
 	})
 	return ref, err

@@ -77,7 +77,7 @@ func (l *live) due(ctx context.Context, record Session, now time.Time, told *dea
 			told.commit = now.Add(commitEvery)
 		}
 		if !now.Before(told.commit) {
-			l.commitMemory(ctx, record)
+			l.commitQuietly(ctx, record)
 			told.commit = time.Now().Add(commitEvery)
 		}
 		wait = min(wait, time.Until(told.commit))
@@ -100,7 +100,10 @@ func (l *live) due(ctx context.Context, record Session, now time.Time, told *dea
 			return 0, true, l.enter(ctx, Pausing, l.sandbox, func(r *Session) { r.Details.HandOver = true })
 		case left <= handOverEarly:
 			wait = min(wait, left-handOverLate, 5*time.Second)
-			l.warn("SANDBOX_EXPIRY", deadline, 0, now, &told.sandbox)
+			if !told.sandbox.Equal(deadline) {
+				told.sandbox = deadline
+				l.tell(Event{Warning: &Warning{Cause: "SANDBOX_EXPIRY", Expire: deadline.Add(-handOverLate)}})
+			}
 		default:
 			wait = min(wait, left-handOverEarly)
 		}
@@ -113,7 +116,7 @@ func (l *live) warn(cause string, deadline time.Time, of time.Duration, now time
 	if from := deadline.Add(-warned(of)); now.Before(from) {
 		return from.Sub(now)
 	}
-	if !told.Equal(deadline) && (of == 0 || warned(of) > 0) {
+	if !told.Equal(deadline) && warned(of) > 0 {
 		*told = deadline
 		l.tell(Event{Warning: &Warning{Cause: cause, Expire: deadline}})
 	}

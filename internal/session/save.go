@@ -122,16 +122,32 @@ func (l *live) stopAgent(ctx context.Context) {
 	l.closeAgent()
 }
 
-// commitMemory makes what the agent remembers lasting.
+// commitMemory makes what the agent remembers lasting, and tells of it.
 func (l *live) commitMemory(ctx context.Context, record Session) {
-	if record.Details.Agent == nil || len(record.Details.Repositories) == 0 {
+	if remembers(record) {
+		_ = l.do(StepCommitMemory, "", func() error { return l.commit(ctx) }) // the step tells
+	}
+}
+
+// commitQuietly is commitMemory on a timer: only what goes wrong is told.
+func (l *live) commitQuietly(ctx context.Context, record Session) {
+	if !remembers(record) {
 		return
 	}
-	_ = l.do(StepCommitMemory, "", func() error { // the step tells
-		ctx, stop := context.WithTimeoutCause(ctx, commitTime, fmt.Errorf("not committed within %v", commitTime))
-		defer stop()
-		return errors.Join(l.service.cfg.Parts.Workspace.CommitMemory(ctx, l.sandbox), l.sandbox.CommitVolumes(ctx))
-	})
+	if err := l.commit(ctx); err != nil && ctx.Err() == nil {
+		l.step(StepCommitMemory, StepFailed, "", err.Error())
+	}
+}
+
+// remembers says whether a session has a memory.
+func remembers(record Session) bool {
+	return record.Details.Agent != nil && len(record.Details.Repositories) > 0
+}
+
+func (l *live) commit(ctx context.Context) error {
+	ctx, stop := context.WithTimeoutCause(ctx, commitTime, fmt.Errorf("not committed within %v", commitTime))
+	defer stop()
+	return errors.Join(l.service.cfg.Parts.Workspace.CommitMemory(ctx, l.sandbox), l.sandbox.CommitVolumes(ctx))
 }
 
 // dropSnapshot removes the snapshot of a session that ends while it rests, unless its work

@@ -79,8 +79,8 @@ func (s State) Stage() State {
 func next() map[State][]State {
 	return map[State][]State{
 		Starting:    {Running, Terminating},
-		Running:     {Pausing, Resuming, Terminating}, // Resuming: handed over to another sandbox
-		Pausing:     {Paused, Running, Terminating},   // Running: no snapshot could be made
+		Running:     {Pausing, Terminating},
+		Pausing:     {Paused, Resuming, Running, Terminating}, // Resuming: handed over to another sandbox; Running: no snapshot could be made
 		Paused:      {Resuming, Terminating},
 		Resuming:    {Running, Paused, Terminating}, // Paused: no sandbox could be made
 		Terminating: {Terminated},
