@@ -32,7 +32,11 @@ type Config struct {
 	Limits engine.Limits
 	// Lifetime is how long sandboxes live at most; 0 for any time.
 	Lifetime time.Duration
-	Hooks    Hooks
+	// Connect returns what serves connections to a port of a sandbox's loopback, or nil if
+	// nobody listens there. A connection lasts until its server returns, and the server
+	// must return when the connection is closed. Its halves are not closed by themselves.
+	Connect func(sandbox string, port uint16) func(net.Conn)
+	Hooks   Hooks
 }
 
 // Hooks are called where something can go wrong; nil ones are not. They may block,
