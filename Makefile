@@ -36,6 +36,7 @@ guest: # the guest is embedded into executord, so it is built before it
 test: ## everything: prerequisites, generated code, lint, unit, conformance and end-to-end tests
 	@scripts/prerequisites test
 	@$(MAKE) --no-print-directory build check-generate lint
+	scripts/test-tools
 	scripts/gotest ./...
 
 .PHONY: lint

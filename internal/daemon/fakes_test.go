@@ -49,6 +49,11 @@ func (e *fakeEngine) Capabilities() []engine.Capability {
 }
 func (e *fakeEngine) DefaultLimits() engine.Limits    { return engine.Limits{PIDs: 9} }
 func (e *fakeEngine) CheckLimits(engine.Limits) error { return nil }
+func (e *fakeEngine) CheckSpec(engine.Spec) error     { return nil }
+
+// Images and Volumes are not asked for.
+func (e *fakeEngine) Images() engine.Images   { return nil }
+func (e *fakeEngine) Volumes() engine.Volumes { return nil }
 
 func (e *fakeEngine) Create(_ context.Context, spec engine.Spec) (engine.Sandbox, error) {
 	e.mu.Lock()
@@ -114,6 +119,11 @@ func (s *fakeSandbox) Dial(context.Context) (net.Conn, error) {
 	return nil, errors.New("there is no guest in it")
 }
 func (s *fakeSandbox) Done() <-chan struct{} { return s.done }
+func (s *fakeSandbox) Deadline() time.Time   { return time.Time{} }
+func (s *fakeSandbox) Snapshot(context.Context, engine.SnapshotRequest) (engine.ImageRef, error) {
+	return "", errors.New("there is nothing in it")
+}
+func (s *fakeSandbox) CommitVolumes(context.Context) error { return nil }
 func (s *fakeSandbox) Usage(context.Context) (engine.Usage, error) {
 	return engine.Usage{}, nil
 }

@@ -26,6 +26,11 @@ type Engine interface {
 	// CheckLimits returns a fault (LIMIT_NOT_ENFORCEABLE) if a limit that is not
 	// zero cannot be enforced.
 	CheckLimits(Limits) error
+	// CheckSpec returns a fault if no sandbox can be made after a Spec, whatever its ID:
+	// that of CheckLimits, or FailedPrecondition with reason IMAGE_NOT_AVAILABLE,
+	// VOLUMES_NOT_AVAILABLE, PLACEMENT_NOT_AVAILABLE or SECRETS_NOT_AVAILABLE for what the
+	// engine does not have, or Invalid. Create returns the same.
+	CheckSpec(Spec) error
 	// Create makes the sandbox spec.ID, or returns the one that has this id: a
 	// repeat after a crash never makes two. It returns when the guest answers.
 	Create(ctx context.Context, spec Spec) (Sandbox, error)
@@ -34,6 +39,10 @@ type Engine interface {
 	Open(ctx context.Context, id string) (Sandbox, error)
 	// List names every sandbox of this executord that is alive or has left anything.
 	List(ctx context.Context) ([]string, error)
+	// Volumes are the directories that outlive sandboxes.
+	Volumes() Volumes
+	// Images are what sandboxes can be made from.
+	Images() Images
 	// Close waits for background work. Sandboxes go on living.
 	Close() error
 }
@@ -45,6 +54,16 @@ type Sandbox interface {
 	ID() string
 	// Limits are the limits in force.
 	Limits() Limits
+	// Deadline is when the engine ends the sandbox by a limit of its own; zero if it has
+	// none.
+	Deadline() time.Time
+	// Snapshot makes an image of all that the sandbox's file system has, but for volumes and
+	// what is in memory: as it is at one moment, also while processes run. A fault
+	// FailedPrecondition (SNAPSHOT_NOT_AVAILABLE) where the engine makes none.
+	Snapshot(ctx context.Context, r SnapshotRequest) (ImageRef, error)
+	// CommitVolumes makes what was written to the sandbox's volumes lasting, and visible
+	// to other sandboxes.
+	CommitVolumes(ctx context.Context) error
 	// Dial opens a byte pipe to the guest. Any number may be open.
 	Dial(ctx context.Context) (net.Conn, error)
 	// Done is closed when the sandbox has ended, by itself or by Terminate.
@@ -66,6 +85,69 @@ type Spec struct {
 	Limits Limits
 	// Network is the kind of network; "" is NetworkNone.
 	Network Network
+	// Image is what it is made from; "" is the engine's base.
+	Image ImageRef
+	// Volumes are mounted in it; at most MaxVolumes.
+	Volumes []VolumeMount
+	// Lifetime is how long it is going to be wanted; 0 if that is not known. An engine that
+	// cannot let it live so long makes one that lives as long as it can: Deadline says.
+	Lifetime time.Duration
+	// Labels are shown where the engine shows its sandboxes.
+	Labels map[string]string
+	// Placement says where and on what it runs.
+	Placement Placement
+	// Secrets are names of the provider's, whose values are put into the environment of
+	// the sandbox.
+	Secrets []string
+}
+
+// MaxVolumes is the most volumes of a sandbox.
+const MaxVolumes = 8
+
+// ImageRef is an engine's name of an image. It means nothing to another engine.
+type ImageRef string
+
+// VolumeMount is a volume in a sandbox.
+type VolumeMount struct {
+	// Name has 1 to 63 characters of a-z, 0-9, ".", "_" and "-", the first of a-z and 0-9.
+	Name string
+	// Path is absolute and clean, and not below /proc, /sys, /dev or /usr. What is missing of
+	// it is made.
+	Path string
+}
+
+// Placement says where and on what a sandbox runs, for engines that have a choice. Its
+// fields are in the provider's words; empty ones leave it to the engine.
+type Placement struct {
+	GPU     string   `json:"gpu,omitempty"`
+	Regions []string `json:"regions,omitempty"`
+	Runtime string   `json:"runtime,omitempty"`
+}
+
+// IsZero says whether everything is left to the engine.
+func (p Placement) IsZero() bool { return p.GPU == "" && len(p.Regions) == 0 && p.Runtime == "" }
+
+// SnapshotRequest says how a snapshot is made.
+type SnapshotRequest struct {
+	// TTL is how long it is kept; 0 until it is deleted.
+	TTL time.Duration
+}
+
+// Volumes are directories that outlive sandboxes, each with a name.
+type Volumes interface {
+	// Ensure makes a volume that is not there.
+	Ensure(ctx context.Context, name string) error
+	// Delete deletes a volume with all that is in it. One that is not there is deleted.
+	Delete(ctx context.Context, name string) error
+}
+
+// Images are what snapshots made.
+type Images interface {
+	// Exists says whether there is such an image.
+	Exists(ctx context.Context, ref ImageRef) (bool, error)
+	// Delete deletes an image. Sandboxes that were made from it live on. One that is not
+	// there is deleted.
+	Delete(ctx context.Context, ref ImageRef) error
 }
 
 // Network is a kind of network that a sandbox has.

@@ -61,6 +61,7 @@ type Guest struct {
 	runtimeDirectory string
 	stock            *stock
 	listeners        listeners
+	connections      connections
 
 	mu       sync.Mutex
 	commands map[string]*command
@@ -90,7 +91,7 @@ func New(cfg Config) (*Guest, error) {
 	}
 	return &Guest{
 		spawner: s, reaper: newReaper(), cgroups: cfg.Cgroups, null: null,
-		runtimeDirectory: cfg.RuntimeDirectory, stock: newStock(stockBlocks),
+		runtimeDirectory: cfg.RuntimeDirectory, stock: newStock(stockBlocks), connections: newConnections(),
 		commands: make(map[string]*command),
 	}, nil
 }
@@ -151,6 +152,10 @@ func (g *Guest) ServePipe(pipe io.ReadWriteCloser) {
 		}
 		if accept := req.GetAccept(); accept != nil {
 			g.listeners.serve(accept.GetListener(), req.GetId(), pipe, buffered, first, answers)
+			return
+		}
+		if connect := req.GetConnect(); connect != nil {
+			g.connections.serve(connect.GetPort(), req.GetId(), pipe, buffered, first, answers)
 			return
 		}
 		first = false

@@ -189,6 +189,15 @@ func (l *listener) forward(pipe io.ReadWriteCloser, buffered *bufio.Reader, answ
 		return
 	}
 	defer func() { _ = conn.Close() }() // what was sent has been sent
+	join(pipe, buffered, conn, seen)
+}
+
+// join moves bytes both ways until both directions have ended or one has failed. seen
+// gets the first that is to be seen of the pipe, a byte or its end. The caller closes
+// both.
+func join(pipe io.ReadWriteCloser, buffered *bufio.Reader, conn *net.TCPConn, seen <-chan error) {
+	var work sync.WaitGroup
+	defer work.Wait()
 	outward := make(chan error, 1)
 	work.Go(func() {
 		err := errors.Join(ignoreEOF(moveOut(pipe, conn)), closeWrite(pipe))

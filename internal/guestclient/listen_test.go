@@ -134,3 +134,40 @@ func TestAcceptEnds(t *testing.T) {
 		t.Errorf("the end of the wait ends the connection: %v", err)
 	}
 }
+
+func TestConnect(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer *guestv1.Response
+		works  bool
+		kind   guestv1.Error_Kind
+	}{
+		"a connection":     {&guestv1.Response{Answer: &guestv1.Response_Connect{Connect: &guestv1.ConnectResponse{}}}, true, 0},
+		"another question": {&guestv1.Response{Answer: &guestv1.Response_Accept{Accept: &guestv1.AcceptResponse{}}}, false, 0},
+		"a refusal":        {&guestv1.Response{Answer: &guestv1.Response_Error{Error: &guestv1.Error{Kind: guestv1.Error_KIND_NOT_FOUND}}}, false, guestv1.Error_KIND_NOT_FOUND},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, l := lie(t, func(_ int, p *lyingPipe) {
+				req := p.next()
+				if req.GetConnect().GetPort() != 4096 {
+					t.Errorf("asked: %v", req)
+				}
+				c.answer.Id = req.GetId()
+				_ = wire.Write(p, c.answer)
+				_, _ = io.Copy(p, p)
+			})
+			conn, err := Connect(t.Context(), l, 4096)
+			if (err == nil) != c.works || KindOf(err) != c.kind {
+				t.Fatalf("%v", err)
+			}
+			if !c.works {
+				return
+			}
+			defer conn.Close()
+			_, _ = conn.Write([]byte("ab"))
+			got := make([]byte, 2)
+			if _, err := io.ReadFull(conn, got); err != nil || string(got) != "ab" {
+				t.Errorf("%q, %v", got, err)
+			}
+		})
+	}
+}

@@ -16,6 +16,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"time"
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/engine"
@@ -29,7 +30,13 @@ type Config struct {
 	Script func(r *guestv1.StartRequest) Script
 	// Limits are the DefaultLimits.
 	Limits engine.Limits
-	Hooks  Hooks
+	// Lifetime is how long sandboxes live at most; 0 for any time.
+	Lifetime time.Duration
+	// Connect returns what serves connections to a port of a sandbox's loopback, or nil if
+	// nobody listens there. A connection lasts until its server returns, and the server
+	// must return when the connection is closed. Its halves are not closed by themselves.
+	Connect func(sandbox string, port uint16) func(net.Conn)
+	Hooks   Hooks
 }
 
 // Hooks are called where something can go wrong; nil ones are not. They may block,
@@ -43,6 +50,8 @@ type Hooks struct {
 	Open, Dial, Terminate func(ctx context.Context, id string) error
 	// Usage replaces the accounting, which is otherwise all zero.
 	Usage func(ctx context.Context, id string) (engine.Usage, error)
+	// Snapshot is called before one is made, Commit before volumes are committed.
+	Snapshot, Commit func(ctx context.Context, id string) error
 	// List can fail.
 	List func(ctx context.Context) error
 	// Ask is called with each request before it is done; false drops it, and nothing
@@ -72,6 +81,10 @@ type Engine struct {
 	sandboxes map[string]*sandbox
 	made      []string
 	started   []string
+	specs     map[string]engine.Spec
+	images    map[engine.ImageRef]string // the sandbox that each was made of
+	snapshots int
+	volumes   map[string]bool
 }
 
 var _ engine.Engine = (*Engine)(nil)
@@ -81,7 +94,10 @@ func New(cfg Config) *Engine {
 	if cfg.Script == nil {
 		cfg.Script = func(*guestv1.StartRequest) Script { return Script{Exit: Exit(0)} }
 	}
-	return &Engine{cfg: cfg, sandboxes: make(map[string]*sandbox)}
+	return &Engine{
+		cfg: cfg, sandboxes: make(map[string]*sandbox), specs: make(map[string]engine.Spec),
+		images: make(map[engine.ImageRef]string), volumes: make(map[string]bool),
+	}
 }
 
 // Shutdown ends every sandbox, however it is, and waits for all goroutines.
@@ -170,6 +186,33 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 	return nil
 }
 
+// CheckSpec also refuses images and volumes that are not there, and all placement.
+func (e *Engine) CheckSpec(spec engine.Spec) error {
+	if err := e.CheckLimits(spec.Limits); err != nil {
+		return err
+	}
+	if err := engine.CheckVolumes(spec.Volumes); err != nil {
+		return fault.New(fault.Invalid, "VOLUMES", "%v", err)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if _, ok := e.images[spec.Image]; spec.Image != "" && !ok {
+		return fault.New(fault.NotFound, "IMAGE_NOT_FOUND", "there is no image %q", spec.Image)
+	}
+	for _, m := range spec.Volumes {
+		if !e.volumes[m.Name] {
+			return fault.New(fault.NotFound, "VOLUME_NOT_FOUND", "there is no volume %q", m.Name)
+		}
+	}
+	if !spec.Placement.IsZero() {
+		return fault.New(fault.FailedPrecondition, "PLACEMENT_NOT_AVAILABLE", "there is no choice of places")
+	}
+	if len(spec.Secrets) > 0 {
+		return fault.New(fault.FailedPrecondition, "SECRETS_NOT_AVAILABLE", "there are no named secrets")
+	}
+	return nil
+}
+
 // Create makes a sandbox, or returns the one that lives.
 func (e *Engine) Create(ctx context.Context, spec engine.Spec) (engine.Sandbox, error) {
 	if err := call(ctx, e.cfg.Hooks.Create, spec.ID); err != nil {
@@ -177,6 +220,9 @@ func (e *Engine) Create(ctx context.Context, spec engine.Spec) (engine.Sandbox, 
 	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
+	}
+	if err := e.CheckSpec(spec); err != nil {
+		return nil, err
 	}
 	sb := e.adopt(spec)
 	if err := call(ctx, e.cfg.Hooks.Created, spec.ID); err != nil {
@@ -195,8 +241,12 @@ func (e *Engine) adopt(spec engine.Spec) *sandbox {
 		engine: e, id: spec.ID, limits: spec.Limits.Or(e.cfg.Limits), done: make(chan struct{}),
 		commands: make(map[string]*command), pipes: make(map[net.Conn]struct{}),
 	}
+	if e.cfg.Lifetime > 0 {
+		sb.deadline = time.Now().Add(e.cfg.Lifetime)
+	}
 	e.sandboxes[spec.ID] = sb
 	e.made = append(e.made, spec.ID)
+	e.specs[spec.ID] = spec
 	return sb
 }
 
@@ -258,8 +308,10 @@ type sandbox struct {
 	engine *Engine
 	id     string
 	limits engine.Limits
-	done   chan struct{}
-	work   sync.WaitGroup // pipes and commands
+	// deadline is only told: a test that wants it to come calls Die.
+	deadline time.Time
+	done     chan struct{}
+	work     sync.WaitGroup // pipes and commands
 
 	mu       sync.Mutex
 	dead     bool
@@ -271,6 +323,7 @@ type sandbox struct {
 func (sb *sandbox) ID() string            { return sb.id }
 func (sb *sandbox) Limits() engine.Limits { return sb.limits }
 func (sb *sandbox) Done() <-chan struct{} { return sb.done }
+func (sb *sandbox) Deadline() time.Time   { return sb.deadline }
 
 func (sb *sandbox) isDead() bool {
 	sb.mu.Lock()

@@ -207,6 +207,10 @@ func (sb *sandbox) serve(conn net.Conn) {
 		if _, err := io.ReadFull(r.R, payload); err != nil {
 			return
 		}
+		if q.GetConnect() != nil {
+			sb.connect(conn, q)
+			return
+		}
 		handlers.Go(func() {
 			if hook := sb.engine.cfg.Hooks.Ask; hook != nil && !hook(sb.id, q) {
 				return

@@ -263,12 +263,36 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 	return e.checkFiles(l)
 }
 
+// CheckSpec refuses what there is not.
+func (e *Engine) CheckSpec(spec engine.Spec) error {
+	if err := e.CheckLimits(spec.Limits); err != nil {
+		return err
+	}
+	if err := engine.CheckVolumes(spec.Volumes); err != nil {
+		return fault.New(fault.Invalid, "VOLUMES", "%v", err)
+	}
+	missing := func(reason, what string) error {
+		return fault.New(fault.FailedPrecondition, reason, "the local engine has no %s", what)
+	}
+	switch {
+	case spec.Image != "":
+		return missing("IMAGE_NOT_AVAILABLE", "images")
+	case len(spec.Volumes) > 0:
+		return missing("VOLUMES_NOT_AVAILABLE", "volumes")
+	case !spec.Placement.IsZero():
+		return missing("PLACEMENT_NOT_AVAILABLE", "choice of places")
+	case len(spec.Secrets) > 0:
+		return missing("SECRETS_NOT_AVAILABLE", "named secrets")
+	}
+	return nil
+}
+
 // Create makes a sandbox, or returns the one that has the id and lives.
 func (e *Engine) Create(ctx context.Context, spec engine.Spec) (engine.Sandbox, error) {
 	if !validID(spec.ID) {
 		return nil, fault.New(fault.Invalid, "SANDBOX_ID", "sandbox id %q: must be 1 to 63 characters of a-z, 0-9 and \"-\"", spec.ID)
 	}
-	if err := e.CheckLimits(spec.Limits); err != nil {
+	if err := e.CheckSpec(spec); err != nil {
 		return nil, err
 	}
 	done, err := e.claim(ctx, spec.ID)

@@ -118,10 +118,11 @@ func New(cfg Config) *Pool {
 }
 
 // Claim takes a sandbox that is as spec says but for its name; false if none is ready.
-// It never waits. One with other limits than the engine's own is never ready.
+// It never waits. One with other limits than the engine's own, or with a volume, is never
+// ready; labels and how long it is wanted make no difference.
 func (p *Pool) Claim(spec engine.Spec) (engine.Sandbox, bool) {
-	spec.ID, spec.Limits = "", spec.Limits.Or(p.defaults)
-	if spec.Limits != p.defaults {
+	spec.ID, spec.Limits, spec.Labels, spec.Lifetime = "", spec.Limits.Or(p.defaults), nil, 0
+	if spec.Limits != p.defaults || len(spec.Volumes) > 0 {
 		return nil, false
 	}
 	p.mu.Lock()

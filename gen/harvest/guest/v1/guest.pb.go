@@ -362,6 +362,7 @@ type Request struct {
 	//	*Request_Signal
 	//	*Request_Listen
 	//	*Request_Accept
+	//	*Request_Connect
 	Call          isRequest_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -501,6 +502,15 @@ func (x *Request) GetAccept() *AcceptRequest {
 	return nil
 }
 
+func (x *Request) GetConnect() *ConnectRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Connect); ok {
+			return x.Connect
+		}
+	}
+	return nil
+}
+
 type isRequest_Call interface {
 	isRequest_Call()
 }
@@ -555,6 +565,11 @@ type Request_Accept struct {
 	Accept *AcceptRequest `protobuf:"bytes,13,opt,name=accept,proto3,oneof"`
 }
 
+type Request_Connect struct {
+	// Turns this pipe into a connection to a server in the sandbox.
+	Connect *ConnectRequest `protobuf:"bytes,14,opt,name=connect,proto3,oneof"`
+}
+
 func (*Request_Start) isRequest_Call() {}
 
 func (*Request_Read) isRequest_Call() {}
@@ -574,6 +589,8 @@ func (*Request_Signal) isRequest_Call() {}
 func (*Request_Listen) isRequest_Call() {}
 
 func (*Request_Accept) isRequest_Call() {}
+
+func (*Request_Connect) isRequest_Call() {}
 
 // Response is the guest's answer to one request.
 type Response struct {
@@ -595,6 +612,7 @@ type Response struct {
 	//	*Response_Signal
 	//	*Response_Listen
 	//	*Response_Accept
+	//	*Response_Connect
 	Answer        isResponse_Answer `protobuf_oneof:"answer"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -743,6 +761,15 @@ func (x *Response) GetAccept() *AcceptResponse {
 	return nil
 }
 
+func (x *Response) GetConnect() *ConnectResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Connect); ok {
+			return x.Connect
+		}
+	}
+	return nil
+}
+
 type isResponse_Answer interface {
 	isResponse_Answer()
 }
@@ -802,6 +829,11 @@ type Response_Accept struct {
 	Accept *AcceptResponse `protobuf:"bytes,13,opt,name=accept,proto3,oneof"`
 }
 
+type Response_Connect struct {
+	// Answers connect.
+	Connect *ConnectResponse `protobuf:"bytes,14,opt,name=connect,proto3,oneof"`
+}
+
 func (*Response_Error) isResponse_Answer() {}
 
 func (*Response_Start) isResponse_Answer() {}
@@ -823,6 +855,8 @@ func (*Response_Signal) isResponse_Answer() {}
 func (*Response_Listen) isResponse_Answer() {}
 
 func (*Response_Accept) isResponse_Answer() {}
+
+func (*Response_Connect) isResponse_Answer() {}
 
 // Error says why a call was not done.
 type Error struct {
@@ -2382,6 +2416,95 @@ func (*AcceptResponse) Descriptor() ([]byte, []int) {
 	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{25}
 }
 
+// ConnectRequest asks for a TCP connection to a server on the sandbox's loopback: at
+// 127.0.0.1, and at [::1] where nobody listens there. It must be the only request that
+// its pipe ever carries. Once connected the guest answers, and from then on the pipe is
+// that connection: bytes both ways, without frames, each direction closed by itself.
+// executord sends nothing before the answer. Until then the end of the pipe gives the
+// request up. At most 1,024 connections are open at a time; a further one is
+// KIND_EXHAUSTED.
+type ConnectRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The port, 1 to 65,535; KIND_NOT_FOUND if nobody listens there.
+	Port          uint32 `protobuf:"varint,1,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConnectRequest) Reset() {
+	*x = ConnectRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConnectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConnectRequest) ProtoMessage() {}
+
+func (x *ConnectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConnectRequest.ProtoReflect.Descriptor instead.
+func (*ConnectRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *ConnectRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+// ConnectResponse is the last frame on its pipe.
+type ConnectResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConnectResponse) Reset() {
+	*x = ConnectResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConnectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConnectResponse) ProtoMessage() {}
+
+func (x *ConnectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConnectResponse.ProtoReflect.Descriptor instead.
+func (*ConnectResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{27}
+}
+
 // Setup is the first frame that a guest on the local engine reads, from an
 // inherited socket, before it is process 1 of anything useful: how to build its
 // root file system and how to give up its privileges. File descriptors that it
@@ -2424,7 +2547,7 @@ type Setup struct {
 
 func (x *Setup) Reset() {
 	*x = Setup{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[26]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2436,7 +2559,7 @@ func (x *Setup) String() string {
 func (*Setup) ProtoMessage() {}
 
 func (x *Setup) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[26]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2449,7 +2572,7 @@ func (x *Setup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setup.ProtoReflect.Descriptor instead.
 func (*Setup) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{26}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Setup) GetHostname() string {
@@ -2553,7 +2676,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[27]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2565,7 +2688,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[27]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2578,7 +2701,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{27}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Overlay) GetTarget() string {
@@ -2625,7 +2748,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2637,7 +2760,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2650,7 +2773,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Layer) GetSource() isLayer_Source {
@@ -2707,7 +2830,7 @@ type SetupResult struct {
 
 func (x *SetupResult) Reset() {
 	*x = SetupResult{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +2842,7 @@ func (x *SetupResult) String() string {
 func (*SetupResult) ProtoMessage() {}
 
 func (x *SetupResult) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +2855,7 @@ func (x *SetupResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupResult.ProtoReflect.Descriptor instead.
 func (*SetupResult) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SetupResult) GetError() string {
@@ -2746,7 +2869,7 @@ var File_harvest_guest_v1_guest_proto protoreflect.FileDescriptor
 
 const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xda\x04\n" +
+	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\x98\x05\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x126\n" +
 	"\x05start\x18\x02 \x01(\v2\x1e.harvest.guest.v1.StartRequestH\x00R\x05start\x123\n" +
@@ -2758,8 +2881,9 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x06resize\x18\b \x01(\v2\x1f.harvest.guest.v1.ResizeRequestH\x00R\x06resize\x129\n" +
 	"\x06signal\x18\t \x01(\v2\x1f.harvest.guest.v1.SignalRequestH\x00R\x06signal\x129\n" +
 	"\x06listen\x18\f \x01(\v2\x1f.harvest.guest.v1.ListenRequestH\x00R\x06listen\x129\n" +
-	"\x06accept\x18\r \x01(\v2\x1f.harvest.guest.v1.AcceptRequestH\x00R\x06acceptB\x06\n" +
-	"\x04call\"\x98\x05\n" +
+	"\x06accept\x18\r \x01(\v2\x1f.harvest.guest.v1.AcceptRequestH\x00R\x06accept\x12<\n" +
+	"\aconnect\x18\x0e \x01(\v2 .harvest.guest.v1.ConnectRequestH\x00R\aconnectB\x06\n" +
+	"\x04call\"\xd7\x05\n" +
 	"\bResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12/\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.harvest.guest.v1.ErrorH\x00R\x05error\x127\n" +
@@ -2773,7 +2897,8 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x06signal\x18\n" +
 	" \x01(\v2 .harvest.guest.v1.SignalResponseH\x00R\x06signal\x12:\n" +
 	"\x06listen\x18\f \x01(\v2 .harvest.guest.v1.ListenResponseH\x00R\x06listen\x12:\n" +
-	"\x06accept\x18\r \x01(\v2 .harvest.guest.v1.AcceptResponseH\x00R\x06acceptB\b\n" +
+	"\x06accept\x18\r \x01(\v2 .harvest.guest.v1.AcceptResponseH\x00R\x06accept\x12=\n" +
+	"\aconnect\x18\x0e \x01(\v2!.harvest.guest.v1.ConnectResponseH\x00R\aconnectB\b\n" +
 	"\x06answer\"\xf7\x02\n" +
 	"\x05Error\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.harvest.guest.v1.Error.KindR\x04kind\x12\x18\n" +
@@ -2902,7 +3027,10 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x04port\x18\x01 \x01(\rR\x04port\"+\n" +
 	"\rAcceptRequest\x12\x1a\n" +
 	"\blistener\x18\x01 \x01(\tR\blistener\"\x10\n" +
-	"\x0eAcceptResponse\"\xad\x03\n" +
+	"\x0eAcceptResponse\"$\n" +
+	"\x0eConnectRequest\x12\x12\n" +
+	"\x04port\x18\x01 \x01(\rR\x04port\"\x11\n" +
+	"\x0fConnectResponse\"\xad\x03\n" +
 	"\x05Setup\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x125\n" +
 	"\boverlays\x18\x02 \x03(\v2\x19.harvest.guest.v1.OverlayR\boverlays\x12\x1b\n" +
@@ -2961,7 +3089,7 @@ func file_harvest_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(Stream)(0),              // 0: harvest.guest.v1.Stream
 	(ReadMode)(0),            // 1: harvest.guest.v1.ReadMode
@@ -2994,10 +3122,12 @@ var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(*ListenResponse)(nil),   // 28: harvest.guest.v1.ListenResponse
 	(*AcceptRequest)(nil),    // 29: harvest.guest.v1.AcceptRequest
 	(*AcceptResponse)(nil),   // 30: harvest.guest.v1.AcceptResponse
-	(*Setup)(nil),            // 31: harvest.guest.v1.Setup
-	(*Overlay)(nil),          // 32: harvest.guest.v1.Overlay
-	(*Layer)(nil),            // 33: harvest.guest.v1.Layer
-	(*SetupResult)(nil),      // 34: harvest.guest.v1.SetupResult
+	(*ConnectRequest)(nil),   // 31: harvest.guest.v1.ConnectRequest
+	(*ConnectResponse)(nil),  // 32: harvest.guest.v1.ConnectResponse
+	(*Setup)(nil),            // 33: harvest.guest.v1.Setup
+	(*Overlay)(nil),          // 34: harvest.guest.v1.Overlay
+	(*Layer)(nil),            // 35: harvest.guest.v1.Layer
+	(*SetupResult)(nil),      // 36: harvest.guest.v1.SetupResult
 }
 var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	8,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
@@ -3010,34 +3140,36 @@ var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	20, // 7: harvest.guest.v1.Request.signal:type_name -> harvest.guest.v1.SignalRequest
 	27, // 8: harvest.guest.v1.Request.listen:type_name -> harvest.guest.v1.ListenRequest
 	29, // 9: harvest.guest.v1.Request.accept:type_name -> harvest.guest.v1.AcceptRequest
-	7,  // 10: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
-	10, // 11: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
-	12, // 12: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
-	15, // 13: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
-	24, // 14: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
-	26, // 15: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
-	17, // 16: harvest.guest.v1.Response.write:type_name -> harvest.guest.v1.WriteResponse
-	19, // 17: harvest.guest.v1.Response.resize:type_name -> harvest.guest.v1.ResizeResponse
-	21, // 18: harvest.guest.v1.Response.signal:type_name -> harvest.guest.v1.SignalResponse
-	28, // 19: harvest.guest.v1.Response.listen:type_name -> harvest.guest.v1.ListenResponse
-	30, // 20: harvest.guest.v1.Response.accept:type_name -> harvest.guest.v1.AcceptResponse
-	3,  // 21: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
-	9,  // 22: harvest.guest.v1.StartRequest.terminal:type_name -> harvest.guest.v1.TerminalSize
-	1,  // 23: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
-	13, // 24: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
-	22, // 25: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
-	0,  // 26: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
-	9,  // 27: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
-	4,  // 28: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
-	2,  // 29: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
-	32, // 30: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
-	33, // 31: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
-	33, // 32: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
-	33, // [33:33] is the sub-list for method output_type
-	33, // [33:33] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	31, // 10: harvest.guest.v1.Request.connect:type_name -> harvest.guest.v1.ConnectRequest
+	7,  // 11: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
+	10, // 12: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
+	12, // 13: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
+	15, // 14: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
+	24, // 15: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
+	26, // 16: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
+	17, // 17: harvest.guest.v1.Response.write:type_name -> harvest.guest.v1.WriteResponse
+	19, // 18: harvest.guest.v1.Response.resize:type_name -> harvest.guest.v1.ResizeResponse
+	21, // 19: harvest.guest.v1.Response.signal:type_name -> harvest.guest.v1.SignalResponse
+	28, // 20: harvest.guest.v1.Response.listen:type_name -> harvest.guest.v1.ListenResponse
+	30, // 21: harvest.guest.v1.Response.accept:type_name -> harvest.guest.v1.AcceptResponse
+	32, // 22: harvest.guest.v1.Response.connect:type_name -> harvest.guest.v1.ConnectResponse
+	3,  // 23: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
+	9,  // 24: harvest.guest.v1.StartRequest.terminal:type_name -> harvest.guest.v1.TerminalSize
+	1,  // 25: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
+	13, // 26: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
+	22, // 27: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
+	0,  // 28: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
+	9,  // 29: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
+	4,  // 30: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
+	2,  // 31: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
+	34, // 32: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
+	35, // 33: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
+	35, // 34: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_harvest_guest_v1_guest_proto_init() }
@@ -3056,6 +3188,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Request_Signal)(nil),
 		(*Request_Listen)(nil),
 		(*Request_Accept)(nil),
+		(*Request_Connect)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[1].OneofWrappers = []any{
 		(*Response_Error)(nil),
@@ -3069,6 +3202,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Response_Signal)(nil),
 		(*Response_Listen)(nil),
 		(*Response_Accept)(nil),
+		(*Response_Connect)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[2].OneofWrappers = []any{}
 	file_harvest_guest_v1_guest_proto_msgTypes[11].OneofWrappers = []any{}
@@ -3076,8 +3210,8 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Exit_Code)(nil),
 		(*Exit_Signal)(nil),
 	}
-	file_harvest_guest_v1_guest_proto_msgTypes[26].OneofWrappers = []any{}
-	file_harvest_guest_v1_guest_proto_msgTypes[28].OneofWrappers = []any{
+	file_harvest_guest_v1_guest_proto_msgTypes[28].OneofWrappers = []any{}
+	file_harvest_guest_v1_guest_proto_msgTypes[30].OneofWrappers = []any{
 		(*Layer_MountFd)(nil),
 		(*Layer_Path)(nil),
 	}
@@ -3087,7 +3221,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_guest_v1_guest_proto_rawDesc), len(file_harvest_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
