@@ -64,7 +64,7 @@ func defaults() *configv1.Config {
 		Limits:       &configv1.Limits{MemoryBytes: 2 << 30, Pids: 1024},
 		Output:       &configv1.Output{DefaultRetainedBytes: 1 << 30, MaxRetainedBytes: 64 << 30},
 		Reflection:   true,
-		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094},
+		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094, BlankGuests: 3},
 		Tls:          &configv1.Tls{ClientAuth: configv1.Tls_CLIENT_AUTH_REQUEST},
 		Auth: &configv1.Auth{Oidc: &configv1.Oidc{RoleClaim: "roles", Leeway: durationpb.New(30 * time.Second)},
 			Certificates: &configv1.Certificates{}, Quotas: &configv1.Quotas{}},
@@ -98,7 +98,7 @@ func full() (map[string]string, *configv1.Config) {
 			"limits.memory_bytes": "512MiB", "limits.pids": "99", "limits.cpu_millis": "1500", "limits.disk_bytes": "5GiB", "limits.open_files": "4096",
 			"output.default_retained_bytes": "2097152", "output.max_retained_bytes": "3MiB",
 			"reflection": "false", "local.uid_base": "131072", "local.uid_count": "7",
-			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
+			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a", "local.blank_guests": "9",
 			"tls.cert_file": "/t/cert", "tls.key_file": "/t/key", "tls.client_ca_file": "/t/ca", "tls.client_auth": "require",
 			"auth.methods": "certificate", "auth.oidc.issuer": "https://issuer.example", "auth.oidc.audience": "us",
 			"auth.oidc.role_claim": "groups", "auth.oidc.users": "*", "auth.oidc.operators": "ops", "auth.oidc.admins": "root:admin",
@@ -117,7 +117,7 @@ func full() (map[string]string, *configv1.Config) {
 			Limits: &configv1.Limits{MemoryBytes: 512 << 20, Pids: 99, CpuMillis: 1500, DiskBytes: 5 << 30, OpenFiles: 4096},
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
 			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
-				ExtraPaths: []string{"/opt/a"}},
+				ExtraPaths: []string{"/opt/a"}, BlankGuests: 9},
 			Tls: &configv1.Tls{CertFile: "/t/cert", KeyFile: "/t/key", ClientCaFile: "/t/ca", ClientAuth: configv1.Tls_CLIENT_AUTH_REQUIRE},
 			Auth: &configv1.Auth{
 				Methods: []configv1.Auth_Method{configv1.Auth_METHOD_CERTIFICATE},
@@ -427,6 +427,8 @@ func TestBadValues(t *testing.T) {
 		{"local.uid_count", "0", "greater than or equal to 1"},
 		{"local.uid_count", "65535", "less than or equal to 65534"},
 		{"local.uid_count", "40000", "must end at 4294901760 or before"},
+		{"local.blank_guests", "65", "less than or equal to 64"},
+		{"local.blank_guests", "-1", "not between 0 and"},
 		{"local.cgroup_parent", "a.slice", "not an absolute path"},
 		{"local.cgroup_parent", "/a/../b", "not an absolute path"},
 		{"local.cgroup_parent", "/" + strings.Repeat("a", 4096), "at most 4096 bytes"},
@@ -685,7 +687,7 @@ func TestFieldNames(t *testing.T) {
 		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
 		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
 		"config", "drain-timeout", "help", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
-		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
+		"local-blank-guests", "local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
 		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
 		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir",
@@ -726,6 +728,7 @@ local:
   extra_paths:
     - /opt/a b
     - '/opt/ü: #'
+  blank_guests: 3
 tls:
   cert_file: ""
   key_file: ""

@@ -287,6 +287,7 @@ func localConfig(settings *configv1.Config, logger *slog.Logger) (local.Config, 
 			DiskBytes: limits.GetDiskBytes(), OpenFiles: limits.GetOpenFiles(),
 		},
 		ExtraPaths: settings.GetLocal().GetExtraPaths(),
+		Blank:      int(settings.GetLocal().GetBlankGuests()),
 		Logger:     logger,
 	}, nil
 }

@@ -37,6 +37,7 @@ func RunInit(setupSocket int) error {
 		earlyErr error
 	)
 	early.Go(func() { earlyErr = loopbackUp() })
+	rehearse(func() bool { return awaited(setupSocket) })
 	setup, fds, err := receiveSetup(setupSocket)
 	if err != nil {
 		early.Wait()

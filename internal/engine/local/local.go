@@ -55,6 +55,9 @@ type Config struct {
 	Defaults engine.Limits
 	// ExtraPaths are further directories of the host that sandboxes see, like /usr.
 	ExtraPaths []string
+	// Blank is how many guests are kept ready to become sandboxes: processes in
+	// namespaces of their own that wait, without a root file system. 0 keeps none.
+	Blank int
 	// Logger gets what no caller is told; nil drops it.
 	Logger *slog.Logger
 }
@@ -67,6 +70,7 @@ type Engine struct {
 	boot    string // the id of this run of the host
 	images  *hostimage.Images
 	forker  *forker
+	blanks  *blanks      // nil if none are kept
 	groups  *cgroup.Host // nil for an ordinary user
 	uids    *uidRanges
 	disks   *disk.Maker // nil for an ordinary user
@@ -82,7 +86,7 @@ type Engine struct {
 // New prepares the engine and makes one sandbox to see that it can. Its errors say
 // what is missing on this host and how to get it.
 func New(ctx context.Context, cfg Config) (*Engine, error) {
-	e, err := prepare(cfg)
+	e, err := prepare(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -90,11 +94,14 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, errors.Join(err, e.Close())
 	}
 	e.capable = e.capabilities()
+	if cfg.Blank > 0 {
+		e.blanks = newBlanks(ctx, e, cfg.Blank)
+	}
 	return e, nil
 }
 
 // prepare does all of New but the trial.
-func prepare(cfg Config) (_ *Engine, err error) {
+func prepare(ctx context.Context, cfg Config) (_ *Engine, err error) {
 	if len(cfg.Guest) == 0 {
 		return nil, errors.New("the local engine has no executor-guest to start")
 	}
@@ -141,6 +148,9 @@ func prepare(cfg Config) (_ *Engine, err error) {
 		if e.groups, err = cgroup.Find("executord-"+e.key(), cfg.CgroupParent); err != nil {
 			return nil, fmt.Errorf("find control groups: %w", err)
 		}
+	}
+	if err := e.sweepBlanks(ctx); err != nil {
+		return nil, fmt.Errorf("remove guests that waited: %w", err)
 	}
 	if e.filter, err = seccomp.Assemble(e.commandGroups()); err != nil {
 		return nil, err
@@ -421,7 +431,11 @@ func (e *Engine) List(context.Context) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		ids = append(ids, names...)
+		for _, name := range names {
+			if validID(name) { // else it is a guest's that is no sandbox yet
+				ids = append(ids, name)
+			}
+		}
 	}
 	slices.Sort(ids)
 	return slices.Compact(ids), nil
@@ -441,7 +455,7 @@ func (e *Engine) Close() error {
 	for _, sb := range followed {
 		sb.process.fd.Close()
 	}
-	var errs []error
+	errs := []error{e.blanks.close()}
 	if e.groups != nil {
 		errs = append(errs, e.groups.Close())
 	}

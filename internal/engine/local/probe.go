@@ -38,7 +38,7 @@ func Probe(ctx context.Context, cfg Config) []engine.Capability {
 	}
 	cfg.StateDir = filepath.Join(cfg.StateDir, "probe")
 	defer func() { _ = os.RemoveAll(cfg.StateDir) }() // what is left is there for the next
-	e, err := prepare(cfg)
+	e, err := prepare(ctx, cfg)
 	if err != nil {
 		return impossible(err)
 	}

@@ -920,7 +920,11 @@ type Local struct {
 	// without "." and "..", each once, at most 64. In a variable they are separated by
 	// colons; a flag is given once for each. A layer replaces the whole list of the one
 	// below. Default none.
-	ExtraPaths    []string `protobuf:"bytes,4,rep,name=extra_paths,json=extraPaths,proto3" json:"extra_paths,omitempty"`
+	ExtraPaths []string `protobuf:"bytes,4,rep,name=extra_paths,json=extraPaths,proto3" json:"extra_paths,omitempty"`
+	// How many guests are kept ready to become sandboxes: processes in namespaces of their
+	// own that wait, with a range of user ids but without a root file system or limits,
+	// and that end with executord. 0 to 64; 0 keeps none. Default 3.
+	BlankGuests   uint32 `protobuf:"varint,5,opt,name=blank_guests,json=blankGuests,proto3" json:"blank_guests,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -981,6 +985,13 @@ func (x *Local) GetExtraPaths() []string {
 		return x.ExtraPaths
 	}
 	return nil
+}
+
+func (x *Local) GetBlankGuests() uint32 {
+	if x != nil {
+		return x.BlankGuests
+	}
+	return 0
 }
 
 // Admission says how much may run at a time, and what becomes of the rest: it waits in a
@@ -1693,7 +1704,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x16default_retained_bytes\x18\x01 \x01(\x03BZ\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x18F\n" +
 	">output that is kept of an execution that asks for nothing else\x12\x041GiBR\x14defaultRetainedBytes\x12{\n" +
 	"\x12max_retained_bytes\x18\x02 \x01(\x03BM\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x189\n" +
-	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xb8\x04\n" +
+	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xbf\x05\n" +
 	"\x05Local\x12\xc2\x01\n" +
 	"\buid_base\x18\x01 \x01(\rB\xa6\x01\xbaHi\xba\x01`\n" +
 	"\x17local.uid_base.multiple\x120must be a multiple of 65536, the size of a range\x1a\x13this % 65536u == 0u*\x04(\x80\x80\x04\x8a\xb5\x186\n" +
@@ -1705,7 +1716,9 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"?control group for those of sandboxes; empty for executord's ownR\fcgroupParent\x12}\n" +
 	"\vextra_paths\x18\x04 \x03(\tB\\\xbaH\a\x92\x01\x04\x10@\x18\x01\x8a\xb5\x18N\n" +
 	"Lfurther directory of the host that sandboxes see, read-only; may be repeatedR\n" +
-	"extraPaths\"\xce\x03\n" +
+	"extraPaths\x12\x84\x01\n" +
+	"\fblank_guests\x18\x05 \x01(\rBa\xbaH\x04*\x02\x18@\x8a\xb5\x18V\n" +
+	"Qguests that are kept ready to become sandboxes, without a file system; 0 for none\x12\x013R\vblankGuests\"\xce\x03\n" +
 	"\tAdmission\x12K\n" +
 	"\vmax_running\x18\x01 \x01(\rB*\xbaH\b*\x06\x18\xc0\x84=(\x01\x8a\xb5\x18\x1b\n" +
 	"\x14executions at a time\x12\x03256R\n" +
