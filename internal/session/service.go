@@ -399,12 +399,19 @@ func (s *Service) Get(ctx context.Context, ref Ref) (Session, error) {
 	return record, err
 }
 
-// WaitStarted returns a session when it has left Starting. When ctx ends first it
+// WaitStarted returns a session when it has left Starting, and Resuming. When ctx ends first it
 // returns the session as it is, and ctx's cause.
 func (s *Service) WaitStarted(ctx context.Context, ref Ref) (Session, error) {
 	if l, ok := s.visible(ref); ok {
-		err := l.wait(ctx, l.started)
-		return l.snapshot(), err
+		if err := l.wait(ctx, l.started); err != nil {
+			return l.snapshot(), err
+		}
+		// One that is resumed is waited for, too.
+		record, err := l.until(ctx, func(r Session) bool { return r.State != Resuming })
+		if ctx.Err() == nil && record.State != Resuming {
+			err = nil
+		}
+		return record, err
 	}
 	record, err := s.Get(ctx, ref)
 	if err == nil && record.State == Starting {
