@@ -26,12 +26,15 @@ type Sessions interface {
 	Terminate(ctx context.Context, ref session.Ref, requester string, key idempotency.Key) (session.Session, error)
 }
 
-// sessionService implements the SessionService.
+// sessionService implements the SessionService: its turns in turn.go, interactions in
+// interaction.go.
 type sessionService struct {
 	executorv1.UnimplementedSessionServiceServer
 	sessions Sessions
+	turns    Turns
 	tokens   *pageTokens
 	keys     *requestKeys
+	senders  *senders
 }
 
 // CreateSession implements executorv1.SessionServiceServer.
