@@ -502,6 +502,7 @@ type bench struct {
 	server     *Server
 	executions *fakeExecutions
 	sessions   *fakeSessions
+	turns      *fakeTurns
 	info       *fakeInfo
 	keys       *auth.Keys
 	keyStore   *memoryKeys
@@ -526,13 +527,14 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 		keyStore:   &memoryKeys{},
 		logs:       &syncBuffer{},
 	}
+	b.turns = &fakeTurns{sessions: b.sessions}
 	keys, err := auth.OpenKeys(t.Context(), b.keyStore, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
 	b.keys = keys
 	cfg := Config{
-		Executions: b.executions, Sessions: b.sessions, Info: b.info, Keys: keys, Reflection: true,
+		Executions: b.executions, Sessions: b.sessions, Turns: b.turns, Info: b.info, Keys: keys, Reflection: true,
 		Logger: slog.New(slog.NewTextHandler(b.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, f := range change {

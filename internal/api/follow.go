@@ -96,12 +96,12 @@ func (s *eventSender[E, P]) tell(message P) error {
 
 // greeting is how a stream begins that has just made what it follows.
 type greeting[E any] struct {
-	// watch opens the log, behind its first event or from its start.
-	watch func(behindFirst bool) (source[E], error)
+	// watch opens the log behind an event, or from its start if that is nil.
+	watch func(behind *E) (source[E], error)
 	// first says whether an event is the one that opens a log.
 	first func(E) bool
-	// made is that event as it is known without the log.
-	made E
+	// made is that event as it is known without the log, in place of what the log has.
+	made func(inPlaceOf E) E
 }
 
 // greet sends the first event, which is in the log already, also when the server
@@ -109,7 +109,7 @@ type greeting[E any] struct {
 // SERVER_DRAINING would say that there is none. The source that it returns tells what
 // comes behind that.
 func greet[E any](ctx context.Context, g greeting[E], send func(E) error) (source[E], error) {
-	log, err := g.watch(false)
+	log, err := g.watch(nil)
 	if err != nil {
 		return nil, err
 	}
@@ -118,10 +118,10 @@ func greet[E any](ctx context.Context, g greeting[E], send func(E) error) (sourc
 		// A repeat came so late that the log's beginning is no longer kept. What it began
 		// with is known, and the name is what the caller needs first.
 		log.Close()
-		if log, err = g.watch(true); err != nil {
+		event = g.made(event)
+		if log, err = g.watch(&event); err != nil {
 			return nil, err
 		}
-		event = g.made
 	}
 	if err == nil {
 		err = send(event)

@@ -42,6 +42,7 @@ const (
 type Config struct {
 	Executions Executions
 	Sessions   Sessions
+	Turns      Turns
 	Info       Info
 	Keys       Keys
 	// Auth finds out who is calling; nil asks nobody, and everybody may do everything.
@@ -151,7 +152,9 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	executorv1.RegisterExecutorServiceServer(services, &executorService{
 		executions: cfg.Executions, tokens: tokens, keys: keys, senders: s.senders,
 	})
-	executorv1.RegisterSessionServiceServer(services, &sessionService{sessions: cfg.Sessions, tokens: tokens, keys: keys})
+	executorv1.RegisterSessionServiceServer(services, &sessionService{
+		sessions: cfg.Sessions, turns: cfg.Turns, tokens: tokens, keys: keys, senders: s.senders,
+	})
 	executorv1.RegisterAdminServiceServer(services, &adminService{info: cfg.Info})
 	executorv1.RegisterAuthServiceServer(services, &authService{keys: cfg.Keys, tokens: tokens})
 	healthpb.RegisterHealthServer(server, s.health)

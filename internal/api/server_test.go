@@ -114,6 +114,7 @@ func TestEveryRPCPassesFaultsOn(t *testing.T) {
 	refusal := fault.New(fault.Exhausted, "DISK_FULL", "no room").With("free", "0")
 	b.executions.hook = func(context.Context, string) error { return refusal }
 	b.sessions.err = refusal
+	b.turns.err = refusal
 	b.info.err = refusal
 	key, _, err := b.keys.Create(t.Context(), auth.NewKey{Name: "ann", Role: auth.User})
 	if err != nil {
@@ -143,9 +144,19 @@ func TestEveryRPCPassesFaultsOn(t *testing.T) {
 		"GetSession":       &executorv1.GetSessionRequest{Name: session},
 		"ListSessions":     &executorv1.ListSessionsRequest{},
 		"TerminateSession": &executorv1.TerminateSessionRequest{Name: session},
-		"GetServerInfo":    &executorv1.GetServerInfoRequest{},
-		"CreateApiKey":     &executorv1.CreateApiKeyRequest{DisplayName: "ann", Role: executorv1.Role_ROLE_USER},
-		"RevokeApiKey":     &executorv1.RevokeApiKeyRequest{Name: "apiKeys/" + key.ID},
+		"SendPrompt":       &executorv1.SendPromptRequest{Parent: session, Prompt: &executorv1.Prompt{Text: "x"}},
+		"WatchTurn":        &executorv1.WatchTurnRequest{Name: session + "/turns/t1"},
+		"GetTurn":          &executorv1.GetTurnRequest{Name: session + "/turns/t1"},
+		"ListTurns":        &executorv1.ListTurnsRequest{Parent: session},
+		"CancelTurn":       &executorv1.CancelTurnRequest{Name: session + "/turns/t1"},
+		"ListMessages":     &executorv1.ListMessagesRequest{Parent: session},
+		"ListInteractions": &executorv1.ListInteractionsRequest{Parent: session},
+		"ResolveInteraction": &executorv1.ResolveInteractionRequest{
+			Name: session + "/interactions/i1", Resolution: &executorv1.Resolution{Decision: executorv1.Resolution_DECISION_REJECT},
+		},
+		"GetServerInfo": &executorv1.GetServerInfoRequest{},
+		"CreateApiKey":  &executorv1.CreateApiKeyRequest{DisplayName: "ann", Role: executorv1.Role_ROLE_USER},
+		"RevokeApiKey":  &executorv1.RevokeApiKeyRequest{Name: "apiKeys/" + key.ID},
 	}
 	conn := b.dial()
 	for _, method := range methods() {

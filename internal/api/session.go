@@ -27,10 +27,12 @@ type Sessions interface {
 	SessionLives
 }
 
-// sessionService implements the SessionService.
+// sessionService implements the SessionService: its turns in turn.go, interactions in
+// interaction.go.
 type sessionService struct {
 	executorv1.UnimplementedSessionServiceServer
 	sessions Sessions
+	turns    Turns
 	tokens   *pageTokens
 	keys     *requestKeys
 	senders  *senders

@@ -50,20 +50,22 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 // comes behind that.
 func (s *executorService) greet(ctx context.Context, e execution.Execution, send func(*executorv1.Event) error) (Watcher, error) {
 	ref := execution.Ref{Session: e.Session, ID: e.ID, Caller: callerOf(ctx)}
-	first := execution.Cursor{Epoch: e.Epoch, Sequence: 1}
 	var watcher Watcher
 	_, err := greet(ctx, greeting[execution.Event]{
-		watch: func(behindFirst bool) (source[execution.Event], error) {
-			after := &first
-			if !behindFirst {
-				after = nil
+		watch: func(behind *execution.Event) (source[execution.Event], error) {
+			var after *execution.Cursor
+			if behind != nil {
+				after = &behind.Cursor
 			}
 			var err error
 			watcher, err = s.executions.Watch(ctx, ref, after)
 			return watcher, err
 		},
 		first: func(event execution.Event) bool { return event.Started != nil },
-		made:  execution.Event{Cursor: first, Time: e.CreateTime, Started: &execution.Started{Execution: ref}},
+		made: func(execution.Event) execution.Event {
+			first := execution.Cursor{Epoch: e.Epoch, Sequence: 1}
+			return execution.Event{Cursor: first, Time: e.CreateTime, Started: &execution.Started{Execution: ref}}
+		},
 	}, func(event execution.Event) error { return send(eventProto(event)) })
 	return watcher, err
 }

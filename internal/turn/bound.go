@@ -14,8 +14,9 @@ import (
 const (
 	// maxDelta is the most text of one event; more becomes several.
 	maxDelta = 64 << 10
-	// maxWhole bounds the whole text of a part and of a turn.
+	// maxWhole bounds the whole text of a part, maxLast that of a turn's last one.
 	maxWhole = 1 << 20
+	maxLast  = 512 << 10
 	// maxOutput bounds what a tool gave.
 	maxOutput = 256 << 10
 	// maxObject bounds a JSON object: a tool's input, or the agent's facts about something.
@@ -27,12 +28,15 @@ const (
 	maxPatch   = 256 << 10
 	maxPatches = 1 << 20
 	// maxFiles is how many files a turn tells of at its end.
-	maxFiles = 2000
+	maxFiles = 1000
 	// maxNote bounds a text for people, maxName a name.
 	maxNote = 4 << 10
 	maxName = 512
-	// maxList bounds lists: of todos, patterns, questions, parts.
+	// maxList bounds lists: of todos, patterns, parts, tools.
 	maxList = 256
+	// maxQuestions bounds what is asked at once, maxOptions the choices of each.
+	maxQuestions = 16
+	maxOptions   = 32
 )
 
 // bounded makes of an event of an agent those that are kept.
@@ -137,10 +141,10 @@ func boundedAsked(a agent.Asked) agent.Asked {
 		a.Permission = &p
 	}
 	if a.Question != nil {
-		a.Question = &agent.Question{Items: a.Question.Items[:min(len(a.Question.Items), maxList/8)]}
+		a.Question = &agent.Question{Items: a.Question.Items[:min(len(a.Question.Items), maxQuestions)]}
 		a.Question.Items = each(a.Question.Items, func(i agent.QuestionItem) agent.QuestionItem {
-			i.Header, i.Text = clip(i.Header, maxNote), clip(i.Text, 4*maxNote)
-			i.Options = i.Options[:min(len(i.Options), maxLabels)]
+			i.Header, i.Text = clip(i.Header, maxName), clip(i.Text, 2*maxNote)
+			i.Options = i.Options[:min(len(i.Options), maxOptions)]
 			i.Options = each(i.Options, func(o agent.Option) agent.Option {
 				return agent.Option{Label: clip(o.Label, maxName), Description: clip(o.Description, maxNote/4)}
 			})
@@ -152,7 +156,7 @@ func boundedAsked(a agent.Asked) agent.Asked {
 
 // boundedResult also keeps it within one entry of a journal.
 func boundedResult(r Result) *Result {
-	r.Detail, r.CancelledBy, r.Text, r.Error = clip(r.Detail, maxNote), clip(r.CancelledBy, maxName), clip(r.Text, maxWhole), boundedError(r.Error)
+	r.Detail, r.CancelledBy, r.Text, r.Error = clip(r.Detail, maxNote), clip(r.CancelledBy, maxName), clip(r.Text, maxLast), boundedError(r.Error)
 	room := maxPatches
 	diffs := r.Diffs[:min(len(r.Diffs), maxFiles)]
 	r.Diffs = nil
@@ -163,6 +167,20 @@ func boundedResult(r Result) *Result {
 		r.Diffs = append(r.Diffs, f)
 	}
 	return &r
+}
+
+// boundedMessage keeps a message of a conversation below 3 MiB. What its tools told
+// stands in the turn's journal.
+func boundedMessage(m agent.Message) agent.Message {
+	m.ID, m.Text = clip(m.ID, maxName), clip(m.Text, maxWhole)
+	room := maxWhole
+	m.Tools = each(m.Tools, func(t agent.ToolEnded) agent.ToolEnded {
+		t = boundedTool(t)
+		t.Output, t.Error, t.Metadata = middle(t.Output, min(room, maxOutput)), clip(t.Error, maxNote), nil
+		room = max(room-len(t.Output), maxName)
+		return t
+	})
+	return m
 }
 
 // each applies f to the first of a list.

@@ -217,9 +217,9 @@ func (l *live) settle(ctx context.Context, result *Result, at time.Time) {
 		return
 	}
 	l.lane.ended(t)
+	l.service.home().Note(l.lane.session, Note{Turn: &t})
 	l.log.Close()
 	close(l.done)
-	l.service.home().Note(l.lane.session, Note{Turn: &t})
 }
 
 // errFinal ends the trying: what is to be written is no longer there to be changed.

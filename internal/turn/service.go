@@ -344,6 +344,9 @@ func (s *Service) Messages(ctx context.Context, session string, by caller.Caller
 		return nil, nil // the agent has forgotten it, and what came before
 	}
 	page := all[from:min(from+limit, len(all))]
+	for i := range page {
+		page[i] = boundedMessage(page[i])
+	}
 	return page, s.assign(ctx, session, page)
 }
 

@@ -9,6 +9,7 @@
 package executorv1
 
 import (
+	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	structpb "google.golang.org/protobuf/types/known/structpb"
@@ -167,7 +168,8 @@ type Interaction struct {
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// When it was resolved.
 	ResolveTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=resolve_time,json=resolveTime,proto3" json:"resolve_time,omitempty"`
-	// Who resolved it.
+	// Who resolved it: whom the server knows the caller as; or policy, deadline, agent (it
+	// did not wait any more) or end of the turn.
 	ResolvedBy string `protobuf:"bytes,9,opt,name=resolved_by,json=resolvedBy,proto3" json:"resolved_by,omitempty"`
 	// What was answered.
 	Resolution *Resolution `protobuf:"bytes,10,opt,name=resolution,proto3" json:"resolution,omitempty"`
@@ -446,7 +448,7 @@ type Resolution struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// About a permission; or REJECT for a question.
 	Decision Resolution_Decision `protobuf:"varint,1,opt,name=decision,proto3,enum=harvest.executor.v1.Resolution_Decision" json:"decision,omitempty"`
-	// For each question, the labels chosen or a text of one's own.
+	// For each question, the labels chosen or a text of one's own; at most 64 KiB together.
 	Answers []*Answer `protobuf:"bytes,2,rep,name=answers,proto3" json:"answers,omitempty"`
 	// With REJECT: what the agent is told; at most 4 KiB.
 	Message       string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
@@ -692,7 +694,7 @@ var File_harvest_executor_v1_interaction_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_interaction_proto_rawDesc = "" +
 	"\n" +
-	"%harvest/executor/v1/interaction.proto\x12\x13harvest.executor.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa7\x05\n" +
+	"%harvest/executor/v1/interaction.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa7\x05\n" +
 	"\vInteraction\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04turn\x18\x02 \x01(\tR\x04turn\x12<\n" +
@@ -739,19 +741,19 @@ const file_harvest_executor_v1_interaction_proto_rawDesc = "" +
 	"\x06custom\x18\x05 \x01(\bR\x06custom\x1a@\n" +
 	"\x06Option\x12\x14\n" +
 	"\x05label\x18\x01 \x01(\tR\x05label\x12 \n" +
-	"\vdescription\x18\x02 \x01(\tR\vdescription\"\x92\x02\n" +
+	"\vdescription\x18\x02 \x01(\tR\vdescription\"\xb0\x02\n" +
 	"\n" +
-	"Resolution\x12D\n" +
-	"\bdecision\x18\x01 \x01(\x0e2(.harvest.executor.v1.Resolution.DecisionR\bdecision\x125\n" +
-	"\aanswers\x18\x02 \x03(\v2\x1b.harvest.executor.v1.AnswerR\aanswers\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"m\n" +
+	"Resolution\x12N\n" +
+	"\bdecision\x18\x01 \x01(\x0e2(.harvest.executor.v1.Resolution.DecisionB\b\xbaH\x05\x82\x01\x02\x10\x01R\bdecision\x12?\n" +
+	"\aanswers\x18\x02 \x03(\v2\x1b.harvest.executor.v1.AnswerB\b\xbaH\x05\x92\x01\x02\x10\x10R\aanswers\x12\"\n" +
+	"\amessage\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80 R\amessage\"m\n" +
 	"\bDecision\x12\x18\n" +
 	"\x14DECISION_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13DECISION_ALLOW_ONCE\x10\x01\x12\x19\n" +
 	"\x15DECISION_ALLOW_ALWAYS\x10\x02\x12\x13\n" +
-	"\x0fDECISION_REJECT\x10\x03\" \n" +
-	"\x06Answer\x12\x16\n" +
-	"\x06labels\x18\x01 \x03(\tR\x06labelsB\xde\x01\n" +
+	"\x0fDECISION_REJECT\x10\x03\"*\n" +
+	"\x06Answer\x12 \n" +
+	"\x06labels\x18\x01 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10@R\x06labelsB\xde\x01\n" +
 	"\x17com.harvest.executor.v1B\x10InteractionProtoP\x01ZCgithub.com/harvest-run/executord/gen/harvest/executor/v1;executorv1\xa2\x02\x03HEX\xaa\x02\x13Harvest.Executor.V1\xca\x02\x13Harvest\\Executor\\V1\xe2\x02\x1fHarvest\\Executor\\V1\\GPBMetadata\xea\x02\x15Harvest::Executor::V1b\x06proto3"
 
 var (

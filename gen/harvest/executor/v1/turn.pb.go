@@ -217,7 +217,8 @@ type Turn struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Where it is in its life.
 	State Turn_State `protobuf:"varint,2,opt,name=state,proto3,enum=harvest.executor.v1.Turn_State" json:"state,omitempty"`
-	// The prompt.
+	// The prompt, without the content of its attachments. In lists its text and the result's
+	// are cut off at 2,048 characters, and patches are left out.
 	Prompt *Prompt `protobuf:"bytes,3,opt,name=prompt,proto3" json:"prompt,omitempty"`
 	// Who sent it, as GetCaller names them.
 	Owner string `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
@@ -408,7 +409,7 @@ type Attachment struct {
 	Filename string `protobuf:"bytes,1,opt,name=filename,proto3" json:"filename,omitempty"`
 	// Its media type, such as image/png.
 	MediaType string `protobuf:"bytes,2,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
-	// Its content; at most 2 MiB, and 3 MiB of a prompt together.
+	// Its content; at most 2 MiB, and 3 MiB of a prompt together, its text included.
 	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -476,9 +477,10 @@ type TurnResult struct {
 	Error *AgentError `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	// What it used, sub-agents included.
 	Usage *AgentUsage `protobuf:"bytes,4,opt,name=usage,proto3" json:"usage,omitempty"`
-	// The agent's last text.
+	// The agent's last text; at most 512 KiB.
 	Text string `protobuf:"bytes,5,opt,name=text,proto3" json:"text,omitempty"`
-	// What it changed in the repositories, with unified diffs of at most 1 MiB together.
+	// What it changed in the repositories: at most 1,000 files, with unified diffs of at most
+	// 1 MiB together; of what is more the patch is empty.
 	Diffs []*FileDiff `protobuf:"bytes,6,rep,name=diffs,proto3" json:"diffs,omitempty"`
 	// Who cancelled it.
 	CancelledBy   string `protobuf:"bytes,7,opt,name=cancelled_by,json=cancelledBy,proto3" json:"cancelled_by,omitempty"`
@@ -1376,7 +1378,7 @@ type ToolStarted struct {
 	Call string `protobuf:"bytes,1,opt,name=call,proto3" json:"call,omitempty"`
 	// The tool, such as bash, edit or memory_search_nodes.
 	Tool string `protobuf:"bytes,2,opt,name=tool,proto3" json:"tool,omitempty"`
-	// What it is given.
+	// What it is given; at most 256 KiB. In place of more there is a field left_out that says so.
 	Input *structpb.Struct `protobuf:"bytes,3,opt,name=input,proto3" json:"input,omitempty"`
 	// What it is about, for people.
 	Title         string `protobuf:"bytes,4,opt,name=title,proto3" json:"title,omitempty"`
@@ -1510,7 +1512,7 @@ type ToolEnded struct {
 	Title string `protobuf:"bytes,4,opt,name=title,proto3" json:"title,omitempty"`
 	// The exit code of a command.
 	ExitCode *int32 `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"`
-	// The agent's own facts about the call.
+	// The agent's own facts about the call; bounded as the input is.
 	Metadata      *structpb.Struct `protobuf:"bytes,6,opt,name=metadata,proto3" json:"metadata,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2081,12 +2083,12 @@ const file_harvest_executor_v1_turn_proto_rawDesc = "" +
 	"\x04text\x18\x01 \x01(\tB\t\xbaH\x06r\x04(\x80\x80@R\x04text\x12K\n" +
 	"\vattachments\x18\x02 \x03(\v2\x1f.harvest.executor.v1.AttachmentB\b\xbaH\x05\x92\x01\x02\x10\x10R\vattachments\x12 \n" +
 	"\x06author\x18\x03 \x01(\tB\b\xbaH\x05r\x03(\x80\x01R\x06author\x120\n" +
-	"\x05model\x18\x04 \x01(\v2\x1a.harvest.executor.v1.ModelR\x05model\"|\n" +
+	"\x05model\x18\x04 \x01(\v2\x1a.harvest.executor.v1.ModelR\x05model\"\xa9\x01\n" +
 	"\n" +
 	"Attachment\x12$\n" +
-	"\bfilename\x18\x01 \x01(\tB\b\xbaH\x05r\x03(\xff\x01R\bfilename\x12(\n" +
+	"\bfilename\x18\x01 \x01(\tB\b\xbaH\x05r\x03(\xff\x01R\bfilename\x12U\n" +
 	"\n" +
-	"media_type\x18\x02 \x01(\tB\t\xbaH\x06r\x04 \x03(\x7fR\tmediaType\x12\x1e\n" +
+	"media_type\x18\x02 \x01(\tB6\xbaH3r1(\x7f2-^[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+$R\tmediaType\x12\x1e\n" +
 	"\x04data\x18\x03 \x01(\fB\n" +
 	"\xbaH\az\x05\x18\x80\x80\x80\x01R\x04data\"\xba\x02\n" +
 	"\n" +

@@ -423,7 +423,7 @@ func (x *ListTurnsRequest) GetPageToken() string {
 // ListTurnsResponse is a page.
 type ListTurnsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The turns.
+	// The turns; fewer than page_size where they are large.
 	Turns []*Turn `protobuf:"bytes,1,rep,name=turns,proto3" json:"turns,omitempty"`
 	// Gets the next page; empty at the end.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
@@ -661,7 +661,7 @@ func (x *ListInteractionsRequest) GetPageToken() string {
 // ListInteractionsResponse is a page.
 type ListInteractionsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The interactions.
+	// The interactions; fewer than page_size where they are large.
 	Interactions []*Interaction `protobuf:"bytes,1,rep,name=interactions,proto3" json:"interactions,omitempty"`
 	// Gets the next page; empty at the end.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
