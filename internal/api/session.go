@@ -101,6 +101,9 @@ func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSess
 		return nil, err
 	}
 	answer := sessionProto(found)
+	if err := s.withTurns(ctx, found, answer); err != nil {
+		return nil, err
+	}
 	mask.apply(answer)
 	return &executorv1.GetSessionResponse{Session: answer}, nil
 }

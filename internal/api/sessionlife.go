@@ -250,10 +250,25 @@ func modeOf(m executorv1.InteractionPolicy_Mode) string {
 }
 
 func idleActionOf(a executorv1.IdleAction) session.IdleAction {
-	if a == executorv1.IdleAction_IDLE_ACTION_PAUSE {
-		return session.IdlePause
+	return map[executorv1.IdleAction]session.IdleAction{
+		executorv1.IdleAction_IDLE_ACTION_PAUSE: session.IdlePause, executorv1.IdleAction_IDLE_ACTION_TERMINATE: session.IdleTerminate,
+	}[a]
+}
+
+// withTurns adds what the turns of a session tell of it.
+func (s *sessionService) withTurns(ctx context.Context, record session.Session, to *executorv1.Session) error {
+	if record.Details.Agent == nil {
+		return nil
 	}
-	return session.IdleTerminate
+	used, err := s.turns.Usage(ctx, record.ID)
+	if err != nil {
+		return err
+	}
+	to.Usage = agentUsageProto(used)
+	if id := s.turns.Running(record.ID); id != "" {
+		to.RunningTurn = turnName(record.ID, id)
+	}
+	return nil
 }
 
 // checkCredentials refuses a name that is given twice, as a value and as a secret.

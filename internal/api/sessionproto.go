@@ -3,7 +3,6 @@ package api
 import (
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 	"github.com/harvest-run/executord/internal/execution"
-	"github.com/harvest-run/executord/internal/journal"
 	"github.com/harvest-run/executord/internal/session"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
@@ -152,22 +151,4 @@ func stepProto(s *session.Step) *executorv1.SessionStep {
 		out.Percent = &percent
 	}
 	return out
-}
-
-func journalGapProto(g *journal.Gap) *executorv1.Gap {
-	return &executorv1.Gap{
-		Reason: executorv1.Gap_Reason(executorv1.Gap_Reason_value["REASON_"+string(g.Reason)]), MissingEvents: g.MissingEvents,
-	}
-}
-
-func journalCursorProto(c journal.Cursor) *executorv1.Cursor {
-	return &executorv1.Cursor{Epoch: c.Epoch, Sequence: c.Sequence}
-}
-
-// journalCursorOf is nil for the start of a log.
-func journalCursorOf(c *executorv1.Cursor) *journal.Cursor {
-	if c == nil {
-		return nil
-	}
-	return &journal.Cursor{Epoch: c.GetEpoch(), Sequence: c.GetSequence()}
 }

@@ -34,22 +34,22 @@ func (s *Service) Fork(ctx context.Context, ref Ref, r Request) (Session, error)
 	}
 	if l, ok := s.find(parent.ID); ok {
 		l.mu.Lock()
-		inherited := l.values
+		values := l.values
 		auth := l.auth
 		l.mu.Unlock()
-		r.Values = merge(inherited, r.Values)
+		r.Values = merge(values, r.Values)
 		if r.Auth == "" {
 			r.Auth = auth
 		}
 	}
 	d := parent.Details
 	r.Limits, r.Network = parent.Limits, parent.Network
-	r.details = Details{
+	inherited := Details{
 		Repositories: d.Repositories, Checkouts: d.Checkouts, Identity: d.Identity, Agent: d.Agent, Conversation: d.Conversation,
 		Secrets: merge(d.Secrets, r.Secrets), IdleTimeout: d.IdleTimeout, IdleAction: d.IdleAction, Image: d.Image, Base: d.Base,
 		Snapshot: from, Borrowed: borrowed, ForkedFrom: parent.ID, Prepared: true,
 	}
-	made, err := s.create(ctx, r)
+	made, err := s.create(ctx, r, inherited)
 	if err != nil && !borrowed {
 		bounded, stop := context.WithTimeoutCause(context.WithoutCancel(ctx), sandboxTime, fmt.Errorf("not removed within %v", sandboxTime))
 		defer stop()

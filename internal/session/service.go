@@ -100,8 +100,6 @@ type Request struct {
 	IdleAction  IdleAction
 	// Image is a name; "" for the default.
 	Image string
-	// details are those of a fork.
-	details Details
 	// Key is the name of the request, with which it can be repeated.
 	Key idempotency.Key
 }
@@ -161,10 +159,11 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	if earlier != "" {
 		return s.Get(ctx, Ref{ID: earlier, Caller: r.Caller})
 	}
-	if r.details, err = s.details(r); err != nil {
+	d, err := s.details(r)
+	if err != nil {
 		return Session{}, err
 	}
-	return s.create(ctx, r)
+	return s.create(ctx, r, d)
 }
 
 // details checks what a session is to have beside its sandbox.
@@ -204,7 +203,7 @@ func (s *Service) details(r Request) (Details, error) {
 }
 
 // create is Create for a request that was checked and is no repeat.
-func (s *Service) create(ctx context.Context, r Request) (Session, error) {
+func (s *Service) create(ctx context.Context, r Request, d Details) (Session, error) {
 	if r.Lifetime < 0 || r.Lifetime > MaxLifetime {
 		return Session{}, fault.InvalidField("LIFETIME", "lifetime", "must be up to %v, not %v", MaxLifetime, r.Lifetime)
 	}
@@ -226,13 +225,13 @@ func (s *Service) create(ctx context.Context, r Request) (Session, error) {
 	if err != nil {
 		return Session{}, err
 	}
-	r.details.Generation = 1
+	d.Generation = 1
 	now := time.Now()
 	id := strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
 	record := Session{
 		ID: id, Owner: r.Caller.Owner, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id, 1),
 		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Network: network, Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
-		Details: r.details,
+		Details: d,
 	}
 	slot, err := s.cfg.Admission.Acquire(ctx, admission.Need{Sandbox: true})
 	if err != nil {
