@@ -12,6 +12,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/harvest-run/executord/internal/guestfiles"
 )
 
 // Places in the sandbox.
@@ -38,15 +40,6 @@ const Version = "1.18.33"
 
 //go:embed files
 var embedded embed.FS
-
-// File is one file of the sandbox.
-type File struct {
-	// Path is absolute.
-	Path string
-	// Mode are its permissions; 0 stands for 0644.
-	Mode uint32
-	Data []byte
-}
 
 // Options are what differs between sessions. The zero value is the image's own.
 type Options struct {
@@ -118,26 +111,26 @@ func (k Key) check() error {
 }
 
 // Files returns the files of Dir.
-func (o Options) Files() ([]File, error) {
+func (o Options) Files() ([]guestfiles.File, error) {
 	settings, err := o.settings()
 	if err != nil {
 		return nil, fmt.Errorf("make the configuration of OpenCode: %w", err)
 	}
-	files := []File{{Path: Dir + "/opencode.json", Data: settings}}
+	files := []guestfiles.File{{Path: Dir + "/opencode.json", Data: settings}}
 	for _, name := range []string{"AGENTS.md", "memory-seed.json"} {
 		data, err := embedded.ReadFile("files/" + name)
 		if err != nil {
 			return nil, err
 		}
-		files = append(files, File{Path: Dir + "/" + name, Data: data})
+		files = append(files, guestfiles.File{Path: Dir + "/" + name, Data: data})
 	}
 	for name, text := range seeds() {
-		files = append(files, File{Path: Dir + "/" + name, Data: []byte(text)})
+		files = append(files, guestfiles.File{Path: Dir + "/" + name, Data: []byte(text)})
 	}
 	for i := range files {
 		files[i].Mode = 0o444
 	}
-	slices.SortFunc(files, func(a, b File) int { return strings.Compare(a.Path, b.Path) })
+	slices.SortFunc(files, func(a, b guestfiles.File) int { return strings.Compare(a.Path, b.Path) })
 	return files, nil
 }
 
@@ -180,4 +173,3 @@ func Environment() []string {
 		"OPENCODE_DISABLE_PROJECT_CONFIG=1",
 	}
 }
-
