@@ -48,7 +48,7 @@ func Write(ctx context.Context, r Runner, id string, files []File) error {
 	}
 	out, err := r.Run(ctx, guestclient.Command{
 		ID: id, Args: []string{"tar", "-x", "-C", "/", "--no-same-owner", "--unlink-first", "-p"}, Dir: "/",
-		Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}, Input: archive, Timeout: filesTime, Limit: maxTold,
+		Input: archive, Timeout: filesTime, Limit: maxTold,
 	})
 	if err != nil {
 		return fmt.Errorf("write %d files: %w", len(files), err)

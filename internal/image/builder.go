@@ -120,7 +120,7 @@ func (w *worker) do(ctx context.Context, i int, step Step) error {
 		var end tail
 		var sinkErr error
 		exit, err := w.client.RunStream(ctx, guestclient.Command{
-			ID: id, Args: args, Env: environment(w.proxy.Environment(slices.Clone(step.Env))), Dir: dir, Timeout: step.timeout(),
+			ID: id, Args: args, Env: w.environment(step.Env), Dir: dir, Timeout: step.timeout(),
 		}, func(stream guestv1.Stream, data []byte) error {
 			end.add(data)
 			sinkErr = w.sink(Event{Output: &Output{Stderr: stream == guestv1.Stream_STREAM_STDERR, Data: data}})
@@ -175,7 +175,7 @@ func (w *worker) measure(ctx context.Context, start string) int64 {
 // ask runs a short script and returns what it says.
 func (w *worker) ask(ctx context.Context, id, script string, args ...string) string {
 	out, err := w.client.Run(ctx, guestclient.Command{
-		ID: id, Args: append([]string{"/bin/sh", "-c", script, "sh"}, args...), Env: environment(nil), Dir: "/", Timeout: askTime, Limit: 1 << 10,
+		ID: id, Args: append([]string{"/bin/sh", "-c", script, "sh"}, args...), Dir: "/", Timeout: askTime, Limit: 1 << 10,
 	})
 	if err != nil {
 		return ""
@@ -208,16 +208,13 @@ func (t *tail) text() string {
 	return strings.ToValidUTF8(string(end), "?")
 }
 
-// environment adds to variables those that a program of the system expects.
-func environment(env []string) []string {
-	for _, variable := range []string{
-		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "USER=root", "LOGNAME=root",
-		"LANG=C.UTF-8", "TERM=dumb",
-	} {
-		name, _, _ := strings.Cut(variable, "=")
-		if !slices.ContainsFunc(env, func(v string) bool { return strings.HasPrefix(v, name+"=") }) {
-			env = append(env, variable)
-		}
+// environment makes a step's variables: its own, those by which programs find the proxy,
+// and those that a program of the system expects.
+func (w *worker) environment(own []string) map[string]string {
+	env := map[string]string{"USER": "root", "LOGNAME": "root", "TERM": "dumb"}
+	for _, variable := range w.proxy.Environment(slices.Clone(own)) {
+		name, value, _ := strings.Cut(variable, "=")
+		env[name] = value
 	}
 	return env
 }
