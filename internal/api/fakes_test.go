@@ -502,6 +502,7 @@ type bench struct {
 	server     *Server
 	executions *fakeExecutions
 	sessions   *fakeSessions
+	images     *fakeImages
 	info       *fakeInfo
 	keys       *auth.Keys
 	keyStore   *memoryKeys
@@ -522,6 +523,7 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 	b := &bench{
 		executions: &fakeExecutions{},
 		sessions:   &fakeSessions{started: make(chan struct{})},
+		images:     newFakeImages(t),
 		info:       &fakeInfo{},
 		keyStore:   &memoryKeys{},
 		logs:       &syncBuffer{},
@@ -532,7 +534,7 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 	}
 	b.keys = keys
 	cfg := Config{
-		Executions: b.executions, Sessions: b.sessions, Info: b.info, Keys: keys, Reflection: true,
+		Executions: b.executions, Sessions: b.sessions, Images: b.images, Info: b.info, Keys: keys, Reflection: true,
 		Logger: slog.New(slog.NewTextHandler(b.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, f := range change {
