@@ -21,3 +21,8 @@ ln -sfn "$modules/pnpm/bin/pnpm.cjs" /usr/local/bin/pnpm
 ln -sfn "$modules/pnpm/bin/pnpx.cjs" /usr/local/bin/pnpx
 ln -sfn "$modules/corepack/dist/corepack.js" /usr/local/bin/corepack
 if ! command -v fd >/dev/null && command -v fdfind >/dev/null; then ln -sfn "$(command -v fdfind)" /usr/local/bin/fd; fi
+
+# Chromium's launcher reads all files here, and fails where there is none: Chromium can be the
+# host's, whose /etc is not in the sandbox.
+mkdir -p /etc/chromium.d
+[ -n "$(ls /etc/chromium.d)" ] || : >/etc/chromium.d/executord

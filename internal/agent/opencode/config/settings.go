@@ -142,15 +142,18 @@ func (o Options) servers() map[string]server {
 	const chromium = "/usr/bin/chromium"
 	memory := run("@modelcontextprotocol/server-memory/dist/index.js")
 	memory.Environment = map[string]string{"MEMORY_FILE_PATH": MemoryFile}
+	devtools := run("chrome-devtools-mcp/build/src/bin/chrome-devtools-mcp.js", "--headless", "--isolated",
+		"--executablePath", chromium, "--chromeArg=--no-sandbox", "--chromeArg=--disable-dev-shm-usage",
+		"--no-usage-statistics", "--no-performance-crux")
+	// It would ask the registry for a newer version of itself.
+	devtools.Environment = map[string]string{"CHROME_DEVTOOLS_MCP_NO_UPDATE_CHECKS": "1"}
 	all := map[string]server{
 		"memory":     memory,
 		"filesystem": run("@modelcontextprotocol/server-filesystem/dist/index.js", Workspace),
 		// Chromium's own sandbox needs user namespaces, which code here may not make.
 		"playwright": run("@playwright/mcp/cli.js", "--headless", "--isolated", "--no-sandbox",
 			"--browser", "chromium", "--executable-path", chromium, "--output-dir", "/tmp/playwright"),
-		"devtools": run("chrome-devtools-mcp/build/src/bin/chrome-devtools-mcp.js", "--headless", "--isolated",
-			"--executablePath", chromium, "--chromeArg=--no-sandbox", "--chromeArg=--disable-dev-shm-usage",
-			"--no-usage-statistics", "--no-performance-crux"),
+		"devtools": devtools,
 	}
 	if o.GitHub.given() {
 		all["github"] = remote(o.GitHub, "https://api.githubcopilot.com/mcp/", map[string]string{"X-MCP-Toolsets": "repos,issues,pull_requests"})
