@@ -49,7 +49,7 @@ func newHouse(t *testing.T, extra ...string) house {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { network.Close() })
-	return house{wrapEngine(e), network}
+	return house{e, network}
 }
 
 // cache is where scripts/test-tools has put what base installs.
