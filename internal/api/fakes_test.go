@@ -593,6 +593,7 @@ type bench struct {
 	executions *fakeExecutions
 	sessions   *fakeSessions
 	turns      *fakeTurns
+	images     *fakeImages
 	info       *fakeInfo
 	keys       *auth.Keys
 	keyStore   *memoryKeys
@@ -613,6 +614,7 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 	b := &bench{
 		executions: &fakeExecutions{},
 		sessions:   &fakeSessions{started: make(chan struct{})},
+		images:     newFakeImages(t),
 		info:       &fakeInfo{},
 		keyStore:   &memoryKeys{},
 		logs:       &syncBuffer{},
@@ -624,7 +626,7 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 	}
 	b.keys = keys
 	cfg := Config{
-		Executions: b.executions, Sessions: b.sessions, Turns: b.turns, Info: b.info, Keys: keys, Reflection: true,
+		Executions: b.executions, Sessions: b.sessions, Turns: b.turns, Images: b.images, Info: b.info, Keys: keys, Reflection: true,
 		Logger: slog.New(slog.NewTextHandler(b.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, f := range change {

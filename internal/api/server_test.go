@@ -117,6 +117,7 @@ func TestEveryRPCPassesFaultsOn(t *testing.T) {
 	b.sessions.err = refusal
 	b.turns.err = refusal
 	b.info.err = refusal
+	b.images.err = refusal
 	key, _, err := b.keys.Create(t.Context(), auth.NewKey{Name: "ann", Role: auth.User})
 	if err != nil {
 		t.Fatal(err)
@@ -166,6 +167,11 @@ func TestEveryRPCPassesFaultsOn(t *testing.T) {
 		"GetServerInfo": &executorv1.GetServerInfoRequest{},
 		"CreateApiKey":  &executorv1.CreateApiKeyRequest{DisplayName: "ann", Role: executorv1.Role_ROLE_USER},
 		"RevokeApiKey":  &executorv1.RevokeApiKeyRequest{Name: "apiKeys/" + key.ID},
+		"BuildImage":    &executorv1.BuildImageRequest{Name: "images/base"},
+		"WatchBuild":    &executorv1.WatchBuildRequest{Name: "images/base/builds/b1"},
+		"GetImage":      &executorv1.GetImageRequest{Name: "images/base"},
+		"ListImages":    &executorv1.ListImagesRequest{},
+		"DeleteImage":   &executorv1.DeleteImageRequest{Name: "images/base"},
 	}
 	conn := b.dial()
 	for _, method := range methods() {

@@ -19,6 +19,7 @@ import (
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/diskspace"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local"
 	"github.com/harvest-run/executord/internal/engine/pool"
@@ -60,6 +61,7 @@ type Daemon struct {
 	// requests are the requests that are remembered, for a time.
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
+	network  *egress.Gateway
 	// strays are sandboxes of an earlier time that nobody needs.
 	strays []string
 	// cutOff ends the streams that are open.
@@ -163,6 +165,10 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
+	imageService, err := c.openImages(ctx, d, st)
+	if err != nil {
+		return nil, err
+	}
 	if d.strays, err = findStrays(ctx, d.engine, st); err != nil {
 		return nil, err
 	}
@@ -181,7 +187,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	d.cutOff = cutOff
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
 	server, err := api.NewServer(shutdown, api.Config{
-		Executions: watchable{executionService}, Sessions: watchableSessions{sessionService}, Turns: watchableTurns{turns}, Info: d.info,
+		Executions: watchable{executionService}, Sessions: watchableSessions{sessionService}, Turns: watchableTurns{turns}, Images: watchableImages{imageService}, Info: d.info,
 		Keys: who.keys, Auth: who.authenticator, Certificates: who.certificates,
 		Logger: c.Logger, PageTokenKey: pageTokenKey, RequestIDKey: requestIDKey,
 		Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
@@ -212,6 +218,7 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	}
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
+	d.network = network
 	turns, err := c.openTurns(d, st)
 	if err != nil {
 		return nil, nil, nil, err
