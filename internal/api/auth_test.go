@@ -16,6 +16,7 @@ import (
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/session"
+	"github.com/harvest-run/executord/internal/turn"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -67,9 +68,11 @@ func leastRole(method protoreflect.MethodDescriptor) auth.Role {
 	switch method.Name() {
 	case "CreateApiKey", "ListApiKeys", "RevokeApiKey":
 		return auth.Admin
+	case "BuildImage", "DeleteImage":
+		return auth.Operator
 	}
 	switch method.Parent().Name() {
-	case "ExecutorService", "SessionService", "AdminService", "AuthService":
+	case "ExecutorService", "SessionService", "ImageService", "AdminService", "AuthService":
 		return auth.User
 	}
 	return 0
@@ -78,7 +81,7 @@ func leastRole(method protoreflect.MethodDescriptor) auth.Role {
 // leastScope is what an RPC reaches.
 func leastScope(method protoreflect.MethodDescriptor) executorv1.Access_Scope {
 	switch method.Parent().Name() {
-	case "AdminService", "AuthService":
+	case "ImageService", "AdminService", "AuthService":
 		return executorv1.Access_SCOPE_SERVER
 	}
 	return executorv1.Access_SCOPE_OWN
@@ -179,7 +182,13 @@ func about(method protoreflect.MethodDescriptor, execution, session string) *dyn
 	}
 	set("parent", protoreflect.ValueOfString("sessions/"+session))
 	name := "sessions/" + session + "/executions/" + execution
-	if method.Parent().Name() == "SessionService" {
+	switch kind := string(method.Name()); {
+	case method.Parent().Name() != "SessionService":
+	case strings.HasSuffix(kind, "Turn"):
+		name = "sessions/" + session + "/turns/" + strings.Replace(execution, "e", "t", 1)
+	case strings.HasSuffix(kind, "Interaction"):
+		name = "sessions/" + session + "/interactions/" + strings.Replace(execution, "e", "i", 1)
+	default:
 		name = "sessions/" + session
 	}
 	set("name", protoreflect.ValueOfString(name))
@@ -191,6 +200,14 @@ func about(method protoreflect.MethodDescriptor, execution, session string) *dyn
 		request.Set(fd, protoreflect.ValueOfEnum(1))
 	}
 	set("signal", protoreflect.ValueOfInt32(9))
+	if fd := fields.ByName("prompt"); fd != nil {
+		prompt := request.Mutable(fd).Message()
+		prompt.Set(fd.Message().Fields().ByName("text"), protoreflect.ValueOfString("x"))
+	}
+	if fd := fields.ByName("resolution"); fd != nil {
+		resolution := request.Mutable(fd).Message()
+		resolution.Set(fd.Message().Fields().ByName("decision"), protoreflect.ValueOfEnum(1))
+	}
 	if fd := fields.ByName("start"); fd != nil { // of an attachment
 		start := request.Mutable(fd).Message()
 		start.Set(fd.Message().Fields().ByName("name"), protoreflect.ValueOfString(name))
@@ -204,18 +221,20 @@ func TestNotYours(t *testing.T) {
 	b := guarded(t)
 	b.sessions.put(session.Session{ID: "s1", Owner: "key:ann", State: session.Running})
 	b.executions.add(execution.Execution{ID: "e1", Session: "s1", Owner: "key:ann", State: execution.Running}).start()
+	b.turns.add(turn.Turn{ID: "t1", Session: "s1", Owner: "key:ann", State: turn.Running}).append(turn.Event{Started: &turn.Started{}})
+	b.turns.interactions = []turn.Interaction{{ID: "i1", Session: "s1", Turn: "t1", State: turn.Pending}}
 	bob, ops := b.as(t, "bob", auth.User), b.as(t, "ops", auth.Operator)
 	tried := 0
 	for _, method := range methods() {
 		fields := method.Input().Fields()
-		if (fields.ByName("name") == nil && fields.ByName("parent") == nil && fields.ByName("start") == nil) || method.Parent().Name() == "AuthService" {
+		if (fields.ByName("name") == nil && fields.ByName("parent") == nil && fields.ByName("start") == nil) || leastScope(method) == executorv1.Access_SCOPE_SERVER {
 			continue
 		}
 		tried++
 		t.Run(string(method.Name()), func(t *testing.T) {
 			foreign := call(t.Context(), bob, method, about(method, "e1", "s1"))
 			unknown := call(t.Context(), bob, method, about(method, "e0", "s0"))
-			if strings.HasPrefix(string(method.Name()), "List") {
+			if strings.HasPrefix(string(method.Name()), "List") && status.Code(foreign) == codes.OK {
 				// A listing says only what there is for the caller.
 				if foreign != nil || unknown != nil {
 					t.Errorf("%v, %v", foreign, unknown)
@@ -226,7 +245,7 @@ func TestNotYours(t *testing.T) {
 				t.Fatalf("%v", foreign)
 			}
 			text := func(err error) string {
-				return strings.NewReplacer("e0", "e1", "s0", "s1").Replace(status.Convert(err).Proto().String())
+				return strings.NewReplacer("e0", "e1", "s0", "s1", "t0", "t1", "i0", "i1").Replace(status.Convert(err).Proto().String())
 			}
 			plain := func(s string) string { return strings.Join(strings.Fields(s), " ") }
 			if plain(text(foreign)) != plain(text(unknown)) {
@@ -234,7 +253,10 @@ func TestNotYours(t *testing.T) {
 			}
 		})
 	}
-	if tried < 14 {
+	if len(b.turns.requests)+len(b.turns.answers) > 0 {
+		t.Error("a stranger was let through")
+	}
+	if tried < 22 {
 		t.Errorf("only %d RPCs were tried", tried)
 	}
 	if e, err := b.executions.Get(t.Context(), execution.Ref{Session: "s1", ID: "e1", Caller: auth.Local().Caller()}); err != nil || e.State != execution.Running {

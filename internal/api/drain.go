@@ -42,7 +42,7 @@ func (d *drain) stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerIn
 // errDraining tells a client that it was cut off because the server stops.
 func errDraining() error {
 	e := fault.New(fault.Unavailable, "SERVER_DRAINING",
-		"the server is stopping; nothing is lost: continue with WatchExecution from the last cursor")
+		"the server is stopping; nothing is lost: go on watching from the last cursor")
 	e.RetryAfter = drainRetryAfter
 	return e
 }

@@ -7,11 +7,14 @@ import (
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/session"
+	"github.com/harvest-run/executord/internal/turn"
 )
 
 const (
 	sessionPrefix   = "sessions/"
 	executionPrefix = "executions/"
+	turnsPart       = "/turns/"
+	interactionPart = "/interactions/"
 	// anySession is the parent that stands for all sessions.
 	anySession = "sessions/-"
 )
@@ -54,6 +57,40 @@ func parseSessionName(ctx context.Context, name string) (session.Ref, error) {
 		return session.Ref{}, errName("sessions/{session}")
 	}
 	return session.Ref{ID: id, Caller: callerOf(ctx)}, nil
+}
+
+// turnName is the resource name of a turn, interactionName that of an interaction.
+func turnName(session, id string) string { return sessionPrefix + session + turnsPart + id }
+func interactionName(session, id string) string {
+	return sessionPrefix + session + interactionPart + id
+}
+
+// parseTurnName is the inverse of turnName, with the caller, as parseExecutionName.
+func parseTurnName(ctx context.Context, name string) (turn.Ref, error) {
+	return parseInSession(ctx, name, turnsPart, "sessions/{session}/turns/{turn}")
+}
+
+// parseInteractionName is the inverse of interactionName, with the caller.
+func parseInteractionName(ctx context.Context, name string) (turn.Ref, error) {
+	return parseInSession(ctx, name, interactionPart, "sessions/{session}/interactions/{interaction}")
+}
+
+func parseInSession(ctx context.Context, name, part, form string) (turn.Ref, error) {
+	rest, ok := strings.CutPrefix(name, sessionPrefix)
+	session, id, found := strings.Cut(rest, part)
+	if !ok || !found || !isID(session) || !isID(id) {
+		return turn.Ref{}, errName(form)
+	}
+	return turn.Ref{Session: session, ID: id, Caller: callerOf(ctx)}, nil
+}
+
+// parseSessionParent returns the session's id in a parent that must not be empty.
+func parseSessionParent(parent string) (string, error) {
+	id, ok := strings.CutPrefix(parent, sessionPrefix)
+	if !ok || !isID(id) {
+		return "", fault.InvalidField(reasonInvalidField, "parent", "must be sessions/{session}")
+	}
+	return id, nil
 }
 
 // parseParent returns the session's id in a parent, "" for the empty one.

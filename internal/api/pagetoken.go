@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/harvest-run/executord/internal/fault"
+	"google.golang.org/protobuf/proto"
 )
 
 const (
@@ -91,4 +92,30 @@ func cutPage[T any](items []T, size int, next func(last T) string) ([]T, string)
 	}
 	items = items[:size]
 	return items, next(items[size-1])
+}
+
+// maxPageBytes bounds a page of what can be large, so that a client with gRPC's usual
+// 4 MiB can read it.
+const maxPageBytes = 3 << 20
+
+// fitPage converts items for as long as they fit into a page; the first one always does.
+func fitPage[T any, M proto.Message](items []T, convert func(T) M) []M {
+	page, size := make([]M, 0, len(items)), 0
+	for _, item := range items {
+		converted := convert(item)
+		size += proto.Size(converted)
+		if size > maxPageBytes && len(page) > 0 {
+			break
+		}
+		page = append(page, converted)
+	}
+	return page
+}
+
+// tokenBehind is the token of the page behind the first n of items, "" if there is none.
+func tokenBehind[T any](items []T, n int, token func(last T) string) string {
+	if n >= len(items) {
+		return ""
+	}
+	return token(items[n-1])
 }

@@ -106,6 +106,8 @@ func TestKeysOfAllMethods(t *testing.T) {
 		&executorv1.CancelExecutionRequest{RequestId: "r1"}, &executorv1.DeleteExecutionRequest{RequestId: "r1"},
 		&executorv1.CreateSessionRequest{RequestId: "r1"}, &executorv1.TerminateSessionRequest{RequestId: "r1"},
 		&executorv1.SignalExecutionRequest{RequestId: "r1"},
+		&executorv1.SendPromptRequest{RequestId: "r1"}, &executorv1.CancelTurnRequest{RequestId: "r1"},
+		&executorv1.ResolveInteractionRequest{RequestId: "r1"},
 	} {
 		method := keyOf(t, keys, req).Method
 		if full := string(req.ProtoReflect().Descriptor().Name()); method+"Request" != full {

@@ -85,6 +85,6 @@ func (p *pace) stalled() time.Duration {
 // errSlowConsumer ends a stream whose client takes nothing.
 func errSlowConsumer(patience time.Duration) error {
 	return fault.New(fault.Exhausted, "SLOW_CONSUMER",
-		"the client took nothing from the stream for %v; nothing is lost: continue with WatchExecution from the last cursor", patience).
+		"the client took nothing from the stream for %v; nothing is lost: go on watching from the last cursor", patience).
 		With("patience", patience.String())
 }

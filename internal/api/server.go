@@ -42,6 +42,8 @@ const (
 type Config struct {
 	Executions Executions
 	Sessions   Sessions
+	Turns      Turns
+	Images     Images
 	Info       Info
 	Keys       Keys
 	// Auth finds out who is calling; nil asks nobody, and everybody may do everything.
@@ -151,7 +153,10 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	executorv1.RegisterExecutorServiceServer(services, &executorService{
 		executions: cfg.Executions, tokens: tokens, keys: keys, senders: s.senders,
 	})
-	executorv1.RegisterSessionServiceServer(services, &sessionService{sessions: cfg.Sessions, tokens: tokens, keys: keys})
+	executorv1.RegisterSessionServiceServer(services, &sessionService{
+		sessions: cfg.Sessions, turns: cfg.Turns, tokens: tokens, keys: keys, senders: s.senders,
+	})
+	executorv1.RegisterImageServiceServer(services, &imageService{images: cfg.Images, tokens: tokens, keys: keys, senders: s.senders})
 	executorv1.RegisterAdminServiceServer(services, &adminService{info: cfg.Info})
 	executorv1.RegisterAuthServiceServer(services, &authService{keys: cfg.Keys, tokens: tokens})
 	healthpb.RegisterHealthServer(server, s.health)
@@ -185,6 +190,7 @@ func (s *Server) SetServing(serving bool) {
 	for _, name := range []string{
 		executorv1.ExecutorService_ServiceDesc.ServiceName,
 		executorv1.SessionService_ServiceDesc.ServiceName,
+		executorv1.ImageService_ServiceDesc.ServiceName,
 		executorv1.AdminService_ServiceDesc.ServiceName,
 		executorv1.AuthService_ServiceDesc.ServiceName,
 	} {

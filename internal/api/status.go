@@ -177,9 +177,17 @@ func resourceInfo(reason, resource, description string) *errdetails.ResourceInfo
 	if strings.HasPrefix(reason, "KEY_") {
 		info.ResourceType = apiPackage + ".ApiKey"
 	}
+	if strings.HasPrefix(reason, "TURN_") {
+		info.ResourceType = apiPackage + ".Turn"
+	}
+	if strings.HasPrefix(reason, "INTERACTION_") {
+		info.ResourceType = apiPackage + ".Interaction"
+	}
 	if strings.HasPrefix(reason, "SESSION_") {
 		info.ResourceType = apiPackage + ".Session"
-		info.ResourceName, _, _ = strings.Cut(resource, "/executions/")
+		for _, below := range []string{"/executions/", turnsPart, interactionPart} {
+			info.ResourceName, _, _ = strings.Cut(info.ResourceName, below)
+		}
 	}
 	return info
 }

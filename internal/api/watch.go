@@ -19,9 +19,6 @@ const (
 	maxChunk = 31744
 )
 
-// errSilent is the cause when a stream was silent for a heartbeat interval.
-var errSilent = errors.New("nothing new for a heartbeat interval")
-
 // Execute implements executorv1.ExecutorServiceServer.
 func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.ServerStreamingServer[executorv1.ExecuteResponse]) error {
 	interval, err := heartbeatInterval(req.GetHeartbeatInterval())
@@ -49,35 +46,28 @@ func (s *executorService) Execute(req *executorv1.ExecuteRequest, stream grpc.Se
 	return s.follow(stream.Context(), watcher, interval, send)
 }
 
-// greet sends the first event, which is in the log already, also when the server
-// began to stop meanwhile: to a caller who has no name for the execution,
-// SERVER_DRAINING would say that there is none. The watcher that it returns tells what
+// greet sends the first event of an execution; the watcher that it returns tells what
 // comes behind that.
 func (s *executorService) greet(ctx context.Context, e execution.Execution, send func(*executorv1.Event) error) (Watcher, error) {
 	ref := execution.Ref{Session: e.Session, ID: e.ID, Caller: callerOf(ctx)}
-	watcher, err := s.executions.Watch(ctx, ref, nil)
-	if err != nil {
-		return nil, err
-	}
-	event, err := watcher.Next(context.WithoutCancel(ctx))
-	if err == nil && event.Started == nil {
-		// A repeat came so late that the log's beginning is no longer kept. What it began
-		// with is known, and the name is what the caller needs first.
-		watcher.Close()
-		first := execution.Cursor{Epoch: e.Epoch, Sequence: 1}
-		if watcher, err = s.executions.Watch(ctx, ref, &first); err != nil {
-			return nil, err
-		}
-		event = execution.Event{Cursor: first, Time: e.CreateTime, Started: &execution.Started{Execution: ref}}
-	}
-	if err == nil {
-		err = send(eventProto(event))
-	}
-	if err != nil {
-		watcher.Close()
-		return nil, err
-	}
-	return watcher, nil
+	var watcher Watcher
+	_, err := greet(ctx, greeting[execution.Event]{
+		watch: func(behind *execution.Event) (source[execution.Event], error) {
+			var after *execution.Cursor
+			if behind != nil {
+				after = &behind.Cursor
+			}
+			var err error
+			watcher, err = s.executions.Watch(ctx, ref, after)
+			return watcher, err
+		},
+		first: func(event execution.Event) bool { return event.Started != nil },
+		made: func(execution.Event) execution.Event {
+			first := execution.Cursor{Epoch: e.Epoch, Sequence: 1}
+			return execution.Event{Cursor: first, Time: e.CreateTime, Started: &execution.Started{Execution: ref}}
+		},
+	}, func(event execution.Event) error { return send(eventProto(event)) })
+	return watcher, err
 }
 
 // WatchExecution implements executorv1.ExecutorServiceServer.
@@ -102,66 +92,10 @@ func (s *executorService) WatchExecution(req *executorv1.WatchExecutionRequest, 
 
 // follow sends the events that a watcher tells until the result, and closes it.
 func (s *executorService) follow(ctx context.Context, watcher Watcher, interval time.Duration, send func(*executorv1.Event) error) error {
-	return s.senders.run(ctx, func(p *pace) error {
-		defer watcher.Close()
-		sender := &eventSender{watcher: watcher, interval: interval, pace: p, send: send}
-		return sender.run(ctx)
+	return follow(ctx, s.senders, following[execution.Event, *executorv1.Event]{
+		source: watcher, interval: interval, convert: eventProto, send: send,
+		beat: func() *executorv1.Event { return heartbeatProto(watcher.Cursor(), watcher.LastEventTime()) },
 	})
-}
-
-// eventSender is the sending side of one stream of events.
-type eventSender struct {
-	watcher  Watcher
-	interval time.Duration
-	pace     *pace
-	send     func(*executorv1.Event) error
-	// last is when a message was last sent.
-	last time.Time
-}
-
-// run sends one event after the other, and a heartbeat after each interval of silence.
-func (s *eventSender) run(ctx context.Context) error {
-	s.last = time.Now()
-	for {
-		err := s.untilAwake(ctx, s.interval-time.Since(s.last))
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if !errors.Is(err, errSilent) {
-			return err
-		}
-		if time.Since(s.last) < s.interval {
-			// Something was sent since the clock was set.
-			continue
-		}
-		if err := s.tell(heartbeatProto(s.watcher.Cursor(), s.watcher.LastEventTime())); err != nil {
-			return err
-		}
-	}
-}
-
-// untilAwake sends events for the duration d and returns errSilent then. The clock is
-// set once and not for each event: that costs a busy stream nothing, and whether it was
-// silent run looks up when it fires.
-func (s *eventSender) untilAwake(ctx context.Context, d time.Duration) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, d, errSilent)
-	defer cancel()
-	for {
-		event, err := s.watcher.Next(ctx)
-		if err != nil {
-			return err
-		}
-		if err := s.tell(eventProto(event)); err != nil {
-			return err
-		}
-	}
-}
-
-func (s *eventSender) tell(event *executorv1.Event) error {
-	s.pace.begin()
-	err := s.send(event)
-	s.last = s.pace.end()
-	return err
 }
 
 // ReadOutput implements executorv1.ExecutorServiceServer.

@@ -480,13 +480,18 @@ func TestReadOutput(t *testing.T) {
 // TestBrokenLog: what goes wrong in the middle of a stream is not taken for its end.
 func TestBrokenLog(t *testing.T) {
 	broken := &brokenWatcher{}
-	err := (&eventSender{watcher: broken, interval: time.Hour, pace: newPace(), send: func(*executorv1.Event) error { return nil }}).run(t.Context())
+	sender := func(s source[execution.Event], send func(*executorv1.Event) error) *eventSender[execution.Event, *executorv1.Event] {
+		return &eventSender[execution.Event, *executorv1.Event]{
+			following: following[execution.Event, *executorv1.Event]{source: s, interval: time.Hour, convert: eventProto, send: send}, pace: newPace(),
+		}
+	}
+	err := sender(broken, func(*executorv1.Event) error { return nil }).run(t.Context())
 	if !errors.Is(err, errBroken) {
 		t.Errorf("%v", err)
 	}
 	gone := errors.New("gone")
 	flooding := &flood{}
-	err = (&eventSender{watcher: flooding, interval: time.Hour, pace: newPace(), send: func(*executorv1.Event) error { return gone }}).run(t.Context())
+	err = sender(flooding, func(*executorv1.Event) error { return gone }).run(t.Context())
 	if !errors.Is(err, gone) || flooding.sequence != 1 {
 		t.Errorf("%v after %d", err, flooding.sequence)
 	}

@@ -170,6 +170,11 @@ func (w *Watcher) isLast(record eventlog.Record) bool {
 // Cursor is that of the last event told.
 func (w *Watcher) Cursor() Cursor { return w.cursor }
 
+// AtEnd says whether nothing is behind the last event told, or behind the cursor.
+func (w *Watcher) AtEnd() bool {
+	return w.pending == nil && w.journal.Ended() && w.journal.Cursor() == w.cursor
+}
+
 // LastEventTime is when something was last added to the journal.
 func (w *Watcher) LastEventTime() time.Time { return w.journal.LastTime() }
 

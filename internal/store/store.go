@@ -1,5 +1,5 @@
-// Package store keeps sessions, executions and the names of requests in an SQLite
-// database in the state directory. It implements session.Store and execution.Store: a call that returned
+// Package store keeps sessions, executions, turns and the names of requests in an SQLite
+// database in the state directory. It implements session.Store, execution.Store and turn.Store: a call that returned
 // nil survives kill -9 and a power cut. One connection writes, a few read; the
 // directory is locked against a second executord. It imports the domain's types and
 // never an engine; it starts no goroutines but those of database/sql, which end in
@@ -69,6 +69,8 @@ type Store struct {
 	getSession, listSessions, listAlive, unfinishedSessions *sql.Stmt
 
 	storedBytesOfOwner *sql.Stmt
+
+	turns turnStatements
 }
 
 // Open locks the state directory, opens its database and brings the schema up to
@@ -168,6 +170,24 @@ func (s *Store) prepare(ctx context.Context) error {
 		{s.reader, &s.listAlive, listAlive},
 		{s.reader, &s.unfinishedSessions, unfinishedSessions},
 		{s.reader, &s.storedBytesOfOwner, storedBytesOfOwner},
+
+		{s.writer, &s.turns.insert, insertTurn},
+		{s.writer, &s.turns.insertAttachment, insertAttachment},
+		{s.writer, &s.turns.update, updateTurn},
+		{s.writer, &s.turns.state, `SELECT state FROM turns WHERE id = ?`},
+		{s.writer, &s.turns.insertInteraction, insertInteraction},
+		{s.writer, &s.turns.resolveInteraction, resolveInteraction},
+		{s.writer, &s.turns.interactionState, `SELECT state FROM interactions WHERE id = ?`},
+		{s.reader, &s.turns.get, getTurn},
+		{s.reader, &s.turns.list, listTurns},
+		{s.reader, &s.turns.unfinished, unfinishedTurns},
+		{s.reader, &s.turns.totals, turnTotals},
+		{s.reader, &s.turns.data, attachmentData},
+		{s.reader, &s.turns.sessions, sessionsWithTurns},
+		{s.reader, &s.turns.getInteraction, getInteraction},
+		{s.reader, &s.turns.interactionsOf, interactionsOf},
+		{s.reader, &s.turns.listInteractions, listInteractions},
+		{s.reader, &s.turns.listPending, listPending},
 	}
 	for _, statement := range statements {
 		stmt, err := statement.db.PrepareContext(ctx, statement.text)

@@ -25,6 +25,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// IdleAction is what happens to a session in which nothing runs.
+type IdleAction int32
+
+const (
+	// The default: TERMINATE.
+	IdleAction_IDLE_ACTION_UNSPECIFIED IdleAction = 0
+	// Its work is saved, and it is ended.
+	IdleAction_IDLE_ACTION_TERMINATE IdleAction = 1
+	// It is paused.
+	IdleAction_IDLE_ACTION_PAUSE IdleAction = 2
+)
+
+// Enum value maps for IdleAction.
+var (
+	IdleAction_name = map[int32]string{
+		0: "IDLE_ACTION_UNSPECIFIED",
+		1: "IDLE_ACTION_TERMINATE",
+		2: "IDLE_ACTION_PAUSE",
+	}
+	IdleAction_value = map[string]int32{
+		"IDLE_ACTION_UNSPECIFIED": 0,
+		"IDLE_ACTION_TERMINATE":   1,
+		"IDLE_ACTION_PAUSE":       2,
+	}
+)
+
+func (x IdleAction) Enum() *IdleAction {
+	p := new(IdleAction)
+	*p = x
+	return p
+}
+
+func (x IdleAction) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (IdleAction) Descriptor() protoreflect.EnumDescriptor {
+	return file_harvest_executor_v1_session_proto_enumTypes[0].Descriptor()
+}
+
+func (IdleAction) Type() protoreflect.EnumType {
+	return &file_harvest_executor_v1_session_proto_enumTypes[0]
+}
+
+func (x IdleAction) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use IdleAction.Descriptor instead.
+func (IdleAction) EnumDescriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_session_proto_rawDescGZIP(), []int{0}
+}
+
 // State of a session; set by the server.
 type Session_State int32
 
@@ -39,6 +92,12 @@ const (
 	Session_STATE_TERMINATING Session_State = 3
 	// It ended; end says why.
 	Session_STATE_TERMINATED Session_State = 4
+	// A snapshot of its sandbox is being made.
+	Session_STATE_PAUSING Session_State = 5
+	// It has no sandbox; ResumeSession makes one from its snapshot.
+	Session_STATE_PAUSED Session_State = 6
+	// Its sandbox is being made from its snapshot.
+	Session_STATE_RESUMING Session_State = 7
 )
 
 // Enum value maps for Session_State.
@@ -49,6 +108,9 @@ var (
 		2: "STATE_RUNNING",
 		3: "STATE_TERMINATING",
 		4: "STATE_TERMINATED",
+		5: "STATE_PAUSING",
+		6: "STATE_PAUSED",
+		7: "STATE_RESUMING",
 	}
 	Session_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -56,6 +118,9 @@ var (
 		"STATE_RUNNING":     2,
 		"STATE_TERMINATING": 3,
 		"STATE_TERMINATED":  4,
+		"STATE_PAUSING":     5,
+		"STATE_PAUSED":      6,
+		"STATE_RESUMING":    7,
 	}
 )
 
@@ -70,11 +135,11 @@ func (x Session_State) String() string {
 }
 
 func (Session_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_executor_v1_session_proto_enumTypes[0].Descriptor()
+	return file_harvest_executor_v1_session_proto_enumTypes[1].Descriptor()
 }
 
 func (Session_State) Type() protoreflect.EnumType {
-	return &file_harvest_executor_v1_session_proto_enumTypes[0]
+	return &file_harvest_executor_v1_session_proto_enumTypes[1]
 }
 
 func (x Session_State) Number() protoreflect.EnumNumber {
@@ -102,6 +167,8 @@ const (
 	Session_END_REASON_SANDBOX_LOST Session_EndReason = 4
 	// executord was told to stop and to end what runs.
 	Session_END_REASON_SERVER_STOPPED Session_EndReason = 5
+	// Nothing ran in it for its idle_timeout.
+	Session_END_REASON_IDLE Session_EndReason = 6
 )
 
 // Enum value maps for Session_EndReason.
@@ -113,6 +180,7 @@ var (
 		3: "END_REASON_START_FAILED",
 		4: "END_REASON_SANDBOX_LOST",
 		5: "END_REASON_SERVER_STOPPED",
+		6: "END_REASON_IDLE",
 	}
 	Session_EndReason_value = map[string]int32{
 		"END_REASON_UNSPECIFIED":    0,
@@ -121,6 +189,7 @@ var (
 		"END_REASON_START_FAILED":   3,
 		"END_REASON_SANDBOX_LOST":   4,
 		"END_REASON_SERVER_STOPPED": 5,
+		"END_REASON_IDLE":           6,
 	}
 )
 
@@ -135,11 +204,11 @@ func (x Session_EndReason) String() string {
 }
 
 func (Session_EndReason) Descriptor() protoreflect.EnumDescriptor {
-	return file_harvest_executor_v1_session_proto_enumTypes[1].Descriptor()
+	return file_harvest_executor_v1_session_proto_enumTypes[2].Descriptor()
 }
 
 func (Session_EndReason) Type() protoreflect.EnumType {
-	return &file_harvest_executor_v1_session_proto_enumTypes[1]
+	return &file_harvest_executor_v1_session_proto_enumTypes[2]
 }
 
 func (x Session_EndReason) Number() protoreflect.EnumNumber {
@@ -182,9 +251,35 @@ type Session struct {
 	// Who created it, as GetCaller names them; empty for one older than that was noted.
 	Owner string `protobuf:"bytes,14,opt,name=owner,proto3" json:"owner,omitempty"`
 	// The network policy in force.
-	Network       *NetworkPolicy `protobuf:"bytes,13,opt,name=network,proto3" json:"network,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Network *NetworkPolicy `protobuf:"bytes,13,opt,name=network,proto3" json:"network,omitempty"`
+	// Its repositories, as they were prepared.
+	Repositories []*Checkout `protobuf:"bytes,15,rep,name=repositories,proto3" json:"repositories,omitempty"`
+	// Its agent; absent if it has none.
+	Agent *AgentStatus `protobuf:"bytes,16,opt,name=agent,proto3" json:"agent,omitempty"`
+	// After how long without anything that runs it is ended or paused; absent for never.
+	IdleTimeout *durationpb.Duration `protobuf:"bytes,17,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	// What happens then.
+	IdleAction IdleAction `protobuf:"varint,18,opt,name=idle_action,json=idleAction,proto3,enum=harvest.executor.v1.IdleAction" json:"idle_action,omitempty"`
+	// Where work that was neither committed nor pushed was saved, the newest last.
+	SavedWork []*SavedWork `protobuf:"bytes,19,rep,name=saved_work,json=savedWork,proto3" json:"saved_work,omitempty"`
+	// Counts its sandboxes, from 1: it is raised by a resume and by a hand-over.
+	Generation int32 `protobuf:"varint,20,opt,name=generation,proto3" json:"generation,omitempty"`
+	// The session that it was forked from: sessions/{session}; empty if none.
+	ForkedFrom string `protobuf:"bytes,21,opt,name=forked_from,json=forkedFrom,proto3" json:"forked_from,omitempty"`
+	// The image that its sandbox was made from; empty for the engine's base.
+	Image string `protobuf:"bytes,22,opt,name=image,proto3" json:"image,omitempty"`
+	// What its turns used; GetSession alone answers with it.
+	Usage *AgentUsage `protobuf:"bytes,23,opt,name=usage,proto3" json:"usage,omitempty"`
+	// The turn that runs: sessions/{session}/turns/{turn}; empty if none. GetSession alone
+	// answers with it.
+	RunningTurn string `protobuf:"bytes,24,opt,name=running_turn,json=runningTurn,proto3" json:"running_turn,omitempty"`
+	// Who commits.
+	Identity *Identity `protobuf:"bytes,25,opt,name=identity,proto3" json:"identity,omitempty"`
+	// When its sandbox ends by the engine's own limit; absent if it has none. The session
+	// goes on in another one.
+	SandboxExpireTime *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=sandbox_expire_time,json=sandboxExpireTime,proto3" json:"sandbox_expire_time,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Session) Reset() {
@@ -315,11 +410,186 @@ func (x *Session) GetNetwork() *NetworkPolicy {
 	return nil
 }
 
+func (x *Session) GetRepositories() []*Checkout {
+	if x != nil {
+		return x.Repositories
+	}
+	return nil
+}
+
+func (x *Session) GetAgent() *AgentStatus {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *Session) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *Session) GetIdleAction() IdleAction {
+	if x != nil {
+		return x.IdleAction
+	}
+	return IdleAction_IDLE_ACTION_UNSPECIFIED
+}
+
+func (x *Session) GetSavedWork() []*SavedWork {
+	if x != nil {
+		return x.SavedWork
+	}
+	return nil
+}
+
+func (x *Session) GetGeneration() int32 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Session) GetForkedFrom() string {
+	if x != nil {
+		return x.ForkedFrom
+	}
+	return ""
+}
+
+func (x *Session) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *Session) GetUsage() *AgentUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *Session) GetRunningTurn() string {
+	if x != nil {
+		return x.RunningTurn
+	}
+	return ""
+}
+
+func (x *Session) GetIdentity() *Identity {
+	if x != nil {
+		return x.Identity
+	}
+	return nil
+}
+
+func (x *Session) GetSandboxExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SandboxExpireTime
+	}
+	return nil
+}
+
+// SavedWork says where work was put before a sandbox went.
+type SavedWork struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The directory that it is from, such as /workspace/name.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// The ref at the remote, such as refs/heads/wip/{session}; empty if none.
+	Ref string `protobuf:"bytes,2,opt,name=ref,proto3" json:"ref,omitempty"`
+	// The commit, in hexadecimal.
+	Commit string `protobuf:"bytes,3,opt,name=commit,proto3" json:"commit,omitempty"`
+	// The snapshot with everything in it, which ForkSession can go on from; empty if none.
+	Snapshot string `protobuf:"bytes,4,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// What was saved or could not be, for people.
+	Detail string `protobuf:"bytes,5,opt,name=detail,proto3" json:"detail,omitempty"`
+	// When.
+	SaveTime      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=save_time,json=saveTime,proto3" json:"save_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SavedWork) Reset() {
+	*x = SavedWork{}
+	mi := &file_harvest_executor_v1_session_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SavedWork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SavedWork) ProtoMessage() {}
+
+func (x *SavedWork) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_executor_v1_session_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SavedWork.ProtoReflect.Descriptor instead.
+func (*SavedWork) Descriptor() ([]byte, []int) {
+	return file_harvest_executor_v1_session_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SavedWork) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SavedWork) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+func (x *SavedWork) GetCommit() string {
+	if x != nil {
+		return x.Commit
+	}
+	return ""
+}
+
+func (x *SavedWork) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *SavedWork) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *SavedWork) GetSaveTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SaveTime
+	}
+	return nil
+}
+
 var File_harvest_executor_v1_session_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_proto_rawDesc = "" +
 	"\n" +
-	"!harvest/executor/v1/session.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\"\xff\a\n" +
+	"!harvest/executor/v1/session.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fharvest/executor/v1/agent.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\"\xc0\r\n" +
 	"\aSession\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".harvest.executor.v1.Session.StateR\x05state\x12E\n" +
@@ -338,23 +608,56 @@ const file_harvest_executor_v1_session_proto_rawDesc = "" +
 	"\bend_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12@\n" +
 	"\x06labels\x18\f \x03(\v2(.harvest.executor.v1.Session.LabelsEntryR\x06labels\x12\x14\n" +
 	"\x05owner\x18\x0e \x01(\tR\x05owner\x12<\n" +
-	"\anetwork\x18\r \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
+	"\anetwork\x18\r \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x12A\n" +
+	"\frepositories\x18\x0f \x03(\v2\x1d.harvest.executor.v1.CheckoutR\frepositories\x126\n" +
+	"\x05agent\x18\x10 \x01(\v2 .harvest.executor.v1.AgentStatusR\x05agent\x12<\n" +
+	"\fidle_timeout\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x12@\n" +
+	"\vidle_action\x18\x12 \x01(\x0e2\x1f.harvest.executor.v1.IdleActionR\n" +
+	"idleAction\x12=\n" +
+	"\n" +
+	"saved_work\x18\x13 \x03(\v2\x1e.harvest.executor.v1.SavedWorkR\tsavedWork\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x14 \x01(\x05R\n" +
+	"generation\x12\x1f\n" +
+	"\vforked_from\x18\x15 \x01(\tR\n" +
+	"forkedFrom\x12\x14\n" +
+	"\x05image\x18\x16 \x01(\tR\x05image\x125\n" +
+	"\x05usage\x18\x17 \x01(\v2\x1f.harvest.executor.v1.AgentUsageR\x05usage\x12!\n" +
+	"\frunning_turn\x18\x18 \x01(\tR\vrunningTurn\x129\n" +
+	"\bidentity\x18\x19 \x01(\v2\x1d.harvest.executor.v1.IdentityR\bidentity\x12J\n" +
+	"\x13sandbox_expire_time\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\x11sandboxExpireTime\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xab\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x02\x12\x15\n" +
 	"\x11STATE_TERMINATING\x10\x03\x12\x14\n" +
-	"\x10STATE_TERMINATED\x10\x04\"\xb2\x01\n" +
+	"\x10STATE_TERMINATED\x10\x04\x12\x11\n" +
+	"\rSTATE_PAUSING\x10\x05\x12\x10\n" +
+	"\fSTATE_PAUSED\x10\x06\x12\x12\n" +
+	"\x0eSTATE_RESUMING\x10\a\"\xc7\x01\n" +
 	"\tEndReason\x12\x1a\n" +
 	"\x16END_REASON_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14END_REASON_REQUESTED\x10\x01\x12\x16\n" +
 	"\x12END_REASON_EXPIRED\x10\x02\x12\x1b\n" +
 	"\x17END_REASON_START_FAILED\x10\x03\x12\x1b\n" +
 	"\x17END_REASON_SANDBOX_LOST\x10\x04\x12\x1d\n" +
-	"\x19END_REASON_SERVER_STOPPED\x10\x05B\xda\x01\n" +
+	"\x19END_REASON_SERVER_STOPPED\x10\x05\x12\x13\n" +
+	"\x0fEND_REASON_IDLE\x10\x06\"\xb6\x01\n" +
+	"\tSavedWork\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x10\n" +
+	"\x03ref\x18\x02 \x01(\tR\x03ref\x12\x16\n" +
+	"\x06commit\x18\x03 \x01(\tR\x06commit\x12\x1a\n" +
+	"\bsnapshot\x18\x04 \x01(\tR\bsnapshot\x12\x16\n" +
+	"\x06detail\x18\x05 \x01(\tR\x06detail\x127\n" +
+	"\tsave_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bsaveTime*[\n" +
+	"\n" +
+	"IdleAction\x12\x1b\n" +
+	"\x17IDLE_ACTION_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15IDLE_ACTION_TERMINATE\x10\x01\x12\x15\n" +
+	"\x11IDLE_ACTION_PAUSE\x10\x02B\xda\x01\n" +
 	"\x17com.harvest.executor.v1B\fSessionProtoP\x01ZCgithub.com/harvest-run/executord/gen/harvest/executor/v1;executorv1\xa2\x02\x03HEX\xaa\x02\x13Harvest.Executor.V1\xca\x02\x13Harvest\\Executor\\V1\xe2\x02\x1fHarvest\\Executor\\V1\\GPBMetadata\xea\x02\x15Harvest::Executor::V1b\x06proto3"
 
 var (
@@ -369,33 +672,48 @@ func file_harvest_executor_v1_session_proto_rawDescGZIP() []byte {
 	return file_harvest_executor_v1_session_proto_rawDescData
 }
 
-var file_harvest_executor_v1_session_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_harvest_executor_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_harvest_executor_v1_session_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_harvest_executor_v1_session_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_harvest_executor_v1_session_proto_goTypes = []any{
-	(Session_State)(0),            // 0: harvest.executor.v1.Session.State
-	(Session_EndReason)(0),        // 1: harvest.executor.v1.Session.EndReason
-	(*Session)(nil),               // 2: harvest.executor.v1.Session
-	nil,                           // 3: harvest.executor.v1.Session.LabelsEntry
-	(*Limits)(nil),                // 4: harvest.executor.v1.Limits
-	(*durationpb.Duration)(nil),   // 5: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
-	(*NetworkPolicy)(nil),         // 7: harvest.executor.v1.NetworkPolicy
+	(IdleAction)(0),               // 0: harvest.executor.v1.IdleAction
+	(Session_State)(0),            // 1: harvest.executor.v1.Session.State
+	(Session_EndReason)(0),        // 2: harvest.executor.v1.Session.EndReason
+	(*Session)(nil),               // 3: harvest.executor.v1.Session
+	(*SavedWork)(nil),             // 4: harvest.executor.v1.SavedWork
+	nil,                           // 5: harvest.executor.v1.Session.LabelsEntry
+	(*Limits)(nil),                // 6: harvest.executor.v1.Limits
+	(*durationpb.Duration)(nil),   // 7: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*NetworkPolicy)(nil),         // 9: harvest.executor.v1.NetworkPolicy
+	(*Checkout)(nil),              // 10: harvest.executor.v1.Checkout
+	(*AgentStatus)(nil),           // 11: harvest.executor.v1.AgentStatus
+	(*AgentUsage)(nil),            // 12: harvest.executor.v1.AgentUsage
+	(*Identity)(nil),              // 13: harvest.executor.v1.Identity
 }
 var file_harvest_executor_v1_session_proto_depIdxs = []int32{
-	0, // 0: harvest.executor.v1.Session.state:type_name -> harvest.executor.v1.Session.State
-	1, // 1: harvest.executor.v1.Session.end_reason:type_name -> harvest.executor.v1.Session.EndReason
-	4, // 2: harvest.executor.v1.Session.limits:type_name -> harvest.executor.v1.Limits
-	5, // 3: harvest.executor.v1.Session.lifetime:type_name -> google.protobuf.Duration
-	6, // 4: harvest.executor.v1.Session.create_time:type_name -> google.protobuf.Timestamp
-	6, // 5: harvest.executor.v1.Session.expire_time:type_name -> google.protobuf.Timestamp
-	6, // 6: harvest.executor.v1.Session.end_time:type_name -> google.protobuf.Timestamp
-	3, // 7: harvest.executor.v1.Session.labels:type_name -> harvest.executor.v1.Session.LabelsEntry
-	7, // 8: harvest.executor.v1.Session.network:type_name -> harvest.executor.v1.NetworkPolicy
-	9, // [9:9] is the sub-list for method output_type
-	9, // [9:9] is the sub-list for method input_type
-	9, // [9:9] is the sub-list for extension type_name
-	9, // [9:9] is the sub-list for extension extendee
-	0, // [0:9] is the sub-list for field type_name
+	1,  // 0: harvest.executor.v1.Session.state:type_name -> harvest.executor.v1.Session.State
+	2,  // 1: harvest.executor.v1.Session.end_reason:type_name -> harvest.executor.v1.Session.EndReason
+	6,  // 2: harvest.executor.v1.Session.limits:type_name -> harvest.executor.v1.Limits
+	7,  // 3: harvest.executor.v1.Session.lifetime:type_name -> google.protobuf.Duration
+	8,  // 4: harvest.executor.v1.Session.create_time:type_name -> google.protobuf.Timestamp
+	8,  // 5: harvest.executor.v1.Session.expire_time:type_name -> google.protobuf.Timestamp
+	8,  // 6: harvest.executor.v1.Session.end_time:type_name -> google.protobuf.Timestamp
+	5,  // 7: harvest.executor.v1.Session.labels:type_name -> harvest.executor.v1.Session.LabelsEntry
+	9,  // 8: harvest.executor.v1.Session.network:type_name -> harvest.executor.v1.NetworkPolicy
+	10, // 9: harvest.executor.v1.Session.repositories:type_name -> harvest.executor.v1.Checkout
+	11, // 10: harvest.executor.v1.Session.agent:type_name -> harvest.executor.v1.AgentStatus
+	7,  // 11: harvest.executor.v1.Session.idle_timeout:type_name -> google.protobuf.Duration
+	0,  // 12: harvest.executor.v1.Session.idle_action:type_name -> harvest.executor.v1.IdleAction
+	4,  // 13: harvest.executor.v1.Session.saved_work:type_name -> harvest.executor.v1.SavedWork
+	12, // 14: harvest.executor.v1.Session.usage:type_name -> harvest.executor.v1.AgentUsage
+	13, // 15: harvest.executor.v1.Session.identity:type_name -> harvest.executor.v1.Identity
+	8,  // 16: harvest.executor.v1.Session.sandbox_expire_time:type_name -> google.protobuf.Timestamp
+	8,  // 17: harvest.executor.v1.SavedWork.save_time:type_name -> google.protobuf.Timestamp
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_session_proto_init() }
@@ -403,6 +721,7 @@ func file_harvest_executor_v1_session_proto_init() {
 	if File_harvest_executor_v1_session_proto != nil {
 		return
 	}
+	file_harvest_executor_v1_agent_proto_init()
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_network_proto_init()
 	type x struct{}
@@ -410,8 +729,8 @@ func file_harvest_executor_v1_session_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_executor_v1_session_proto_rawDesc), len(file_harvest_executor_v1_session_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   2,
+			NumEnums:      3,
+			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -44,7 +44,24 @@ type CreateSessionRequest struct {
 	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// What its sandbox may reach; the server's default if absent. FAILED_PRECONDITION
 	// with reason NETWORK_NOT_ALLOWED for more than the operator allows.
-	Network       *NetworkPolicy `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
+	Network *NetworkPolicy `protobuf:"bytes,5,opt,name=network,proto3" json:"network,omitempty"`
+	// Cloned into /workspace/{directory} before the session is ready.
+	Repositories []*Repository `protobuf:"bytes,6,rep,name=repositories,proto3" json:"repositories,omitempty"`
+	// Who commits; the server's default if absent.
+	Identity *Identity `protobuf:"bytes,7,opt,name=identity,proto3" json:"identity,omitempty"`
+	// The agent; absent for none.
+	Agent *AgentSpec `protobuf:"bytes,8,opt,name=agent,proto3" json:"agent,omitempty"`
+	// What the session may use on the way out. FAILED_PRECONDITION (CREDENTIALS_REQUIRED)
+	// where a repository or model needs some that are not here.
+	Credentials *Credentials `protobuf:"bytes,9,opt,name=credentials,proto3" json:"credentials,omitempty"`
+	// After how long without a running execution, turn or open interaction, input or output
+	// it ends or is paused; 60 s to 2,592,000 s; absent for never. A warning comes before.
+	IdleTimeout *durationpb.Duration `protobuf:"bytes,10,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	// What happens then.
+	IdleAction IdleAction `protobuf:"varint,11,opt,name=idle_action,json=idleAction,proto3,enum=harvest.executor.v1.IdleAction" json:"idle_action,omitempty"`
+	// The image to start from, by the name that ImageService has for it; empty for the
+	// agent's image with an agent, for the engine's base without. NOT_FOUND.
+	Image         string `protobuf:"bytes,12,opt,name=image,proto3" json:"image,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -114,6 +131,55 @@ func (x *CreateSessionRequest) GetNetwork() *NetworkPolicy {
 	return nil
 }
 
+func (x *CreateSessionRequest) GetRepositories() []*Repository {
+	if x != nil {
+		return x.Repositories
+	}
+	return nil
+}
+
+func (x *CreateSessionRequest) GetIdentity() *Identity {
+	if x != nil {
+		return x.Identity
+	}
+	return nil
+}
+
+func (x *CreateSessionRequest) GetAgent() *AgentSpec {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *CreateSessionRequest) GetCredentials() *Credentials {
+	if x != nil {
+		return x.Credentials
+	}
+	return nil
+}
+
+func (x *CreateSessionRequest) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *CreateSessionRequest) GetIdleAction() IdleAction {
+	if x != nil {
+		return x.IdleAction
+	}
+	return IdleAction_IDLE_ACTION_UNSPECIFIED
+}
+
+func (x *CreateSessionRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
 // CreateSessionResponse answers a creation.
 type CreateSessionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -165,7 +231,8 @@ type GetSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Resource name of the session; required.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// How long to wait at most for it to leave STATE_STARTING; default 0, at most 600 s.
+	// How long to wait at most for it to leave STATE_STARTING and STATE_RESUMING; default 0,
+	// at most 600 s.
 	Wait *durationpb.Duration `protobuf:"bytes,2,opt,name=wait,proto3" json:"wait,omitempty"`
 	// The fields of the session to answer with: its fields, such as state, and those
 	// one level below, such as limits.pids. Absent or "*" for all. INVALID_ARGUMENT for
@@ -538,14 +605,23 @@ var File_harvest_executor_v1_session_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	"\n" +
-	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\x1a!harvest/executor/v1/session.proto\"\xe0\x03\n" +
+	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fharvest/executor/v1/agent.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\x1a!harvest/executor/v1/session.proto\x1a*harvest/executor/v1/session_requests.proto\x1a'harvest/executor/v1/turn_requests.proto\"\xc0\a\n" +
 	"\x14CreateSessionRequest\x123\n" +
 	"\x06limits\x18\x01 \x01(\v2\x1b.harvest.executor.v1.LimitsR\x06limits\x12H\n" +
 	"\blifetime\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\blifetime\x12\x91\x01\n" +
 	"\x06labels\x18\x03 \x03(\v25.harvest.executor.v1.CreateSessionRequest.LabelsEntryBB\xbaH?\x9a\x01<\x10@\"\x1br\x192\x17^[A-Za-z0-9._/-]{1,63}$*\x1br\x192\x17^[A-Za-z0-9._/-]{0,63}$R\x06labels\x12<\n" +
 	"\n" +
 	"request_id\x18\x04 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12<\n" +
-	"\anetwork\x18\x05 \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
+	"\anetwork\x18\x05 \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x12M\n" +
+	"\frepositories\x18\x06 \x03(\v2\x1f.harvest.executor.v1.RepositoryB\b\xbaH\x05\x92\x01\x02\x10\x10R\frepositories\x129\n" +
+	"\bidentity\x18\a \x01(\v2\x1d.harvest.executor.v1.IdentityR\bidentity\x124\n" +
+	"\x05agent\x18\b \x01(\v2\x1e.harvest.executor.v1.AgentSpecR\x05agent\x12B\n" +
+	"\vcredentials\x18\t \x01(\v2 .harvest.executor.v1.CredentialsR\vcredentials\x12O\n" +
+	"\fidle_timeout\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b<R\vidleTimeout\x12J\n" +
+	"\vidle_action\x18\v \x01(\x0e2\x1f.harvest.executor.v1.IdleActionB\b\xbaH\x05\x82\x01\x02\x10\x01R\n" +
+	"idleAction\x12=\n" +
+	"\x05image\x18\f \x01(\tB'\xbaH$r\"2 ^([a-z0-9][a-z0-9._/-]{0,127})?$R\x05image\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
@@ -575,13 +651,29 @@ const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\"R\n" +
 	"\x18TerminateSessionResponse\x126\n" +
-	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession2\xd5\x03\n" +
+	"\asession\x18\x01 \x01(\v2\x1c.harvest.executor.v1.SessionR\asession2\xd2\x0f\n" +
 	"\x0eSessionService\x12p\n" +
 	"\rCreateSession\x12).harvest.executor.v1.CreateSessionRequest\x1a*.harvest.executor.v1.CreateSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12g\n" +
 	"\n" +
 	"GetSession\x12&.harvest.executor.v1.GetSessionRequest\x1a'.harvest.executor.v1.GetSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12m\n" +
 	"\fListSessions\x12(.harvest.executor.v1.ListSessionsRequest\x1a).harvest.executor.v1.ListSessionsResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12y\n" +
-	"\x10TerminateSession\x12,.harvest.executor.v1.TerminateSessionRequest\x1a-.harvest.executor.v1.TerminateSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01B\xe1\x01\n" +
+	"\x10TerminateSession\x12,.harvest.executor.v1.TerminateSessionRequest\x1a-.harvest.executor.v1.TerminateSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12p\n" +
+	"\rUpdateSession\x12).harvest.executor.v1.UpdateSessionRequest\x1a*.harvest.executor.v1.UpdateSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12o\n" +
+	"\fWatchSession\x12(.harvest.executor.v1.WatchSessionRequest\x1a).harvest.executor.v1.WatchSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x010\x01\x12m\n" +
+	"\fPauseSession\x12(.harvest.executor.v1.PauseSessionRequest\x1a).harvest.executor.v1.PauseSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12p\n" +
+	"\rResumeSession\x12).harvest.executor.v1.ResumeSessionRequest\x1a*.harvest.executor.v1.ResumeSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12j\n" +
+	"\vForkSession\x12'.harvest.executor.v1.ForkSessionRequest\x1a(.harvest.executor.v1.ForkSessionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12i\n" +
+	"\n" +
+	"SendPrompt\x12&.harvest.executor.v1.SendPromptRequest\x1a'.harvest.executor.v1.SendPromptResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x010\x01\x12f\n" +
+	"\tWatchTurn\x12%.harvest.executor.v1.WatchTurnRequest\x1a&.harvest.executor.v1.WatchTurnResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x010\x01\x12^\n" +
+	"\aGetTurn\x12#.harvest.executor.v1.GetTurnRequest\x1a$.harvest.executor.v1.GetTurnResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12d\n" +
+	"\tListTurns\x12%.harvest.executor.v1.ListTurnsRequest\x1a&.harvest.executor.v1.ListTurnsResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12g\n" +
+	"\n" +
+	"CancelTurn\x12&.harvest.executor.v1.CancelTurnRequest\x1a'.harvest.executor.v1.CancelTurnResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12y\n" +
+	"\x10ListInteractions\x12,.harvest.executor.v1.ListInteractionsRequest\x1a-.harvest.executor.v1.ListInteractionsResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12\x7f\n" +
+	"\x12ResolveInteraction\x12..harvest.executor.v1.ResolveInteractionRequest\x1a/.harvest.executor.v1.ResolveInteractionResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12m\n" +
+	"\fListMessages\x12(.harvest.executor.v1.ListMessagesRequest\x1a).harvest.executor.v1.ListMessagesResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01\x12^\n" +
+	"\aGetDiff\x12#.harvest.executor.v1.GetDiffRequest\x1a$.harvest.executor.v1.GetDiffResponse\"\b\x92\xb5\x18\x04\b\x01\x10\x01B\xe1\x01\n" +
 	"\x17com.harvest.executor.v1B\x13SessionServiceProtoP\x01ZCgithub.com/harvest-run/executord/gen/harvest/executor/v1;executorv1\xa2\x02\x03HEX\xaa\x02\x13Harvest.Executor.V1\xca\x02\x13Harvest\\Executor\\V1\xe2\x02\x1fHarvest\\Executor\\V1\\GPBMetadata\xea\x02\x15Harvest::Executor::V1b\x06proto3"
 
 var (
@@ -598,46 +690,113 @@ func file_harvest_executor_v1_session_service_proto_rawDescGZIP() []byte {
 
 var file_harvest_executor_v1_session_service_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_harvest_executor_v1_session_service_proto_goTypes = []any{
-	(*CreateSessionRequest)(nil),     // 0: harvest.executor.v1.CreateSessionRequest
-	(*CreateSessionResponse)(nil),    // 1: harvest.executor.v1.CreateSessionResponse
-	(*GetSessionRequest)(nil),        // 2: harvest.executor.v1.GetSessionRequest
-	(*GetSessionResponse)(nil),       // 3: harvest.executor.v1.GetSessionResponse
-	(*ListSessionsRequest)(nil),      // 4: harvest.executor.v1.ListSessionsRequest
-	(*ListSessionsResponse)(nil),     // 5: harvest.executor.v1.ListSessionsResponse
-	(*TerminateSessionRequest)(nil),  // 6: harvest.executor.v1.TerminateSessionRequest
-	(*TerminateSessionResponse)(nil), // 7: harvest.executor.v1.TerminateSessionResponse
-	nil,                              // 8: harvest.executor.v1.CreateSessionRequest.LabelsEntry
-	(*Limits)(nil),                   // 9: harvest.executor.v1.Limits
-	(*durationpb.Duration)(nil),      // 10: google.protobuf.Duration
-	(*NetworkPolicy)(nil),            // 11: harvest.executor.v1.NetworkPolicy
-	(*Session)(nil),                  // 12: harvest.executor.v1.Session
-	(*fieldmaskpb.FieldMask)(nil),    // 13: google.protobuf.FieldMask
+	(*CreateSessionRequest)(nil),       // 0: harvest.executor.v1.CreateSessionRequest
+	(*CreateSessionResponse)(nil),      // 1: harvest.executor.v1.CreateSessionResponse
+	(*GetSessionRequest)(nil),          // 2: harvest.executor.v1.GetSessionRequest
+	(*GetSessionResponse)(nil),         // 3: harvest.executor.v1.GetSessionResponse
+	(*ListSessionsRequest)(nil),        // 4: harvest.executor.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),       // 5: harvest.executor.v1.ListSessionsResponse
+	(*TerminateSessionRequest)(nil),    // 6: harvest.executor.v1.TerminateSessionRequest
+	(*TerminateSessionResponse)(nil),   // 7: harvest.executor.v1.TerminateSessionResponse
+	nil,                                // 8: harvest.executor.v1.CreateSessionRequest.LabelsEntry
+	(*Limits)(nil),                     // 9: harvest.executor.v1.Limits
+	(*durationpb.Duration)(nil),        // 10: google.protobuf.Duration
+	(*NetworkPolicy)(nil),              // 11: harvest.executor.v1.NetworkPolicy
+	(*Repository)(nil),                 // 12: harvest.executor.v1.Repository
+	(*Identity)(nil),                   // 13: harvest.executor.v1.Identity
+	(*AgentSpec)(nil),                  // 14: harvest.executor.v1.AgentSpec
+	(*Credentials)(nil),                // 15: harvest.executor.v1.Credentials
+	(IdleAction)(0),                    // 16: harvest.executor.v1.IdleAction
+	(*Session)(nil),                    // 17: harvest.executor.v1.Session
+	(*fieldmaskpb.FieldMask)(nil),      // 18: google.protobuf.FieldMask
+	(*UpdateSessionRequest)(nil),       // 19: harvest.executor.v1.UpdateSessionRequest
+	(*WatchSessionRequest)(nil),        // 20: harvest.executor.v1.WatchSessionRequest
+	(*PauseSessionRequest)(nil),        // 21: harvest.executor.v1.PauseSessionRequest
+	(*ResumeSessionRequest)(nil),       // 22: harvest.executor.v1.ResumeSessionRequest
+	(*ForkSessionRequest)(nil),         // 23: harvest.executor.v1.ForkSessionRequest
+	(*SendPromptRequest)(nil),          // 24: harvest.executor.v1.SendPromptRequest
+	(*WatchTurnRequest)(nil),           // 25: harvest.executor.v1.WatchTurnRequest
+	(*GetTurnRequest)(nil),             // 26: harvest.executor.v1.GetTurnRequest
+	(*ListTurnsRequest)(nil),           // 27: harvest.executor.v1.ListTurnsRequest
+	(*CancelTurnRequest)(nil),          // 28: harvest.executor.v1.CancelTurnRequest
+	(*ListInteractionsRequest)(nil),    // 29: harvest.executor.v1.ListInteractionsRequest
+	(*ResolveInteractionRequest)(nil),  // 30: harvest.executor.v1.ResolveInteractionRequest
+	(*ListMessagesRequest)(nil),        // 31: harvest.executor.v1.ListMessagesRequest
+	(*GetDiffRequest)(nil),             // 32: harvest.executor.v1.GetDiffRequest
+	(*UpdateSessionResponse)(nil),      // 33: harvest.executor.v1.UpdateSessionResponse
+	(*WatchSessionResponse)(nil),       // 34: harvest.executor.v1.WatchSessionResponse
+	(*PauseSessionResponse)(nil),       // 35: harvest.executor.v1.PauseSessionResponse
+	(*ResumeSessionResponse)(nil),      // 36: harvest.executor.v1.ResumeSessionResponse
+	(*ForkSessionResponse)(nil),        // 37: harvest.executor.v1.ForkSessionResponse
+	(*SendPromptResponse)(nil),         // 38: harvest.executor.v1.SendPromptResponse
+	(*WatchTurnResponse)(nil),          // 39: harvest.executor.v1.WatchTurnResponse
+	(*GetTurnResponse)(nil),            // 40: harvest.executor.v1.GetTurnResponse
+	(*ListTurnsResponse)(nil),          // 41: harvest.executor.v1.ListTurnsResponse
+	(*CancelTurnResponse)(nil),         // 42: harvest.executor.v1.CancelTurnResponse
+	(*ListInteractionsResponse)(nil),   // 43: harvest.executor.v1.ListInteractionsResponse
+	(*ResolveInteractionResponse)(nil), // 44: harvest.executor.v1.ResolveInteractionResponse
+	(*ListMessagesResponse)(nil),       // 45: harvest.executor.v1.ListMessagesResponse
+	(*GetDiffResponse)(nil),            // 46: harvest.executor.v1.GetDiffResponse
 }
 var file_harvest_executor_v1_session_service_proto_depIdxs = []int32{
 	9,  // 0: harvest.executor.v1.CreateSessionRequest.limits:type_name -> harvest.executor.v1.Limits
 	10, // 1: harvest.executor.v1.CreateSessionRequest.lifetime:type_name -> google.protobuf.Duration
 	8,  // 2: harvest.executor.v1.CreateSessionRequest.labels:type_name -> harvest.executor.v1.CreateSessionRequest.LabelsEntry
 	11, // 3: harvest.executor.v1.CreateSessionRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
-	12, // 4: harvest.executor.v1.CreateSessionResponse.session:type_name -> harvest.executor.v1.Session
-	10, // 5: harvest.executor.v1.GetSessionRequest.wait:type_name -> google.protobuf.Duration
-	13, // 6: harvest.executor.v1.GetSessionRequest.read_mask:type_name -> google.protobuf.FieldMask
-	12, // 7: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
-	13, // 8: harvest.executor.v1.ListSessionsRequest.read_mask:type_name -> google.protobuf.FieldMask
-	12, // 9: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
-	12, // 10: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
-	0,  // 11: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
-	2,  // 12: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
-	4,  // 13: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
-	6,  // 14: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
-	1,  // 15: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
-	3,  // 16: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
-	5,  // 17: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
-	7,  // 18: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
-	15, // [15:19] is the sub-list for method output_type
-	11, // [11:15] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	12, // 4: harvest.executor.v1.CreateSessionRequest.repositories:type_name -> harvest.executor.v1.Repository
+	13, // 5: harvest.executor.v1.CreateSessionRequest.identity:type_name -> harvest.executor.v1.Identity
+	14, // 6: harvest.executor.v1.CreateSessionRequest.agent:type_name -> harvest.executor.v1.AgentSpec
+	15, // 7: harvest.executor.v1.CreateSessionRequest.credentials:type_name -> harvest.executor.v1.Credentials
+	10, // 8: harvest.executor.v1.CreateSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	16, // 9: harvest.executor.v1.CreateSessionRequest.idle_action:type_name -> harvest.executor.v1.IdleAction
+	17, // 10: harvest.executor.v1.CreateSessionResponse.session:type_name -> harvest.executor.v1.Session
+	10, // 11: harvest.executor.v1.GetSessionRequest.wait:type_name -> google.protobuf.Duration
+	18, // 12: harvest.executor.v1.GetSessionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	17, // 13: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
+	18, // 14: harvest.executor.v1.ListSessionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	17, // 15: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
+	17, // 16: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
+	0,  // 17: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
+	2,  // 18: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
+	4,  // 19: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
+	6,  // 20: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
+	19, // 21: harvest.executor.v1.SessionService.UpdateSession:input_type -> harvest.executor.v1.UpdateSessionRequest
+	20, // 22: harvest.executor.v1.SessionService.WatchSession:input_type -> harvest.executor.v1.WatchSessionRequest
+	21, // 23: harvest.executor.v1.SessionService.PauseSession:input_type -> harvest.executor.v1.PauseSessionRequest
+	22, // 24: harvest.executor.v1.SessionService.ResumeSession:input_type -> harvest.executor.v1.ResumeSessionRequest
+	23, // 25: harvest.executor.v1.SessionService.ForkSession:input_type -> harvest.executor.v1.ForkSessionRequest
+	24, // 26: harvest.executor.v1.SessionService.SendPrompt:input_type -> harvest.executor.v1.SendPromptRequest
+	25, // 27: harvest.executor.v1.SessionService.WatchTurn:input_type -> harvest.executor.v1.WatchTurnRequest
+	26, // 28: harvest.executor.v1.SessionService.GetTurn:input_type -> harvest.executor.v1.GetTurnRequest
+	27, // 29: harvest.executor.v1.SessionService.ListTurns:input_type -> harvest.executor.v1.ListTurnsRequest
+	28, // 30: harvest.executor.v1.SessionService.CancelTurn:input_type -> harvest.executor.v1.CancelTurnRequest
+	29, // 31: harvest.executor.v1.SessionService.ListInteractions:input_type -> harvest.executor.v1.ListInteractionsRequest
+	30, // 32: harvest.executor.v1.SessionService.ResolveInteraction:input_type -> harvest.executor.v1.ResolveInteractionRequest
+	31, // 33: harvest.executor.v1.SessionService.ListMessages:input_type -> harvest.executor.v1.ListMessagesRequest
+	32, // 34: harvest.executor.v1.SessionService.GetDiff:input_type -> harvest.executor.v1.GetDiffRequest
+	1,  // 35: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
+	3,  // 36: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
+	5,  // 37: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
+	7,  // 38: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
+	33, // 39: harvest.executor.v1.SessionService.UpdateSession:output_type -> harvest.executor.v1.UpdateSessionResponse
+	34, // 40: harvest.executor.v1.SessionService.WatchSession:output_type -> harvest.executor.v1.WatchSessionResponse
+	35, // 41: harvest.executor.v1.SessionService.PauseSession:output_type -> harvest.executor.v1.PauseSessionResponse
+	36, // 42: harvest.executor.v1.SessionService.ResumeSession:output_type -> harvest.executor.v1.ResumeSessionResponse
+	37, // 43: harvest.executor.v1.SessionService.ForkSession:output_type -> harvest.executor.v1.ForkSessionResponse
+	38, // 44: harvest.executor.v1.SessionService.SendPrompt:output_type -> harvest.executor.v1.SendPromptResponse
+	39, // 45: harvest.executor.v1.SessionService.WatchTurn:output_type -> harvest.executor.v1.WatchTurnResponse
+	40, // 46: harvest.executor.v1.SessionService.GetTurn:output_type -> harvest.executor.v1.GetTurnResponse
+	41, // 47: harvest.executor.v1.SessionService.ListTurns:output_type -> harvest.executor.v1.ListTurnsResponse
+	42, // 48: harvest.executor.v1.SessionService.CancelTurn:output_type -> harvest.executor.v1.CancelTurnResponse
+	43, // 49: harvest.executor.v1.SessionService.ListInteractions:output_type -> harvest.executor.v1.ListInteractionsResponse
+	44, // 50: harvest.executor.v1.SessionService.ResolveInteraction:output_type -> harvest.executor.v1.ResolveInteractionResponse
+	45, // 51: harvest.executor.v1.SessionService.ListMessages:output_type -> harvest.executor.v1.ListMessagesResponse
+	46, // 52: harvest.executor.v1.SessionService.GetDiff:output_type -> harvest.executor.v1.GetDiffResponse
+	35, // [35:53] is the sub-list for method output_type
+	17, // [17:35] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_session_service_proto_init() }
@@ -645,10 +804,13 @@ func file_harvest_executor_v1_session_service_proto_init() {
 	if File_harvest_executor_v1_session_service_proto != nil {
 		return
 	}
+	file_harvest_executor_v1_agent_proto_init()
 	file_harvest_executor_v1_authorization_proto_init()
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_network_proto_init()
 	file_harvest_executor_v1_session_proto_init()
+	file_harvest_executor_v1_session_requests_proto_init()
+	file_harvest_executor_v1_turn_requests_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

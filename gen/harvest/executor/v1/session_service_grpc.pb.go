@@ -21,10 +21,24 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	SessionService_CreateSession_FullMethodName    = "/harvest.executor.v1.SessionService/CreateSession"
-	SessionService_GetSession_FullMethodName       = "/harvest.executor.v1.SessionService/GetSession"
-	SessionService_ListSessions_FullMethodName     = "/harvest.executor.v1.SessionService/ListSessions"
-	SessionService_TerminateSession_FullMethodName = "/harvest.executor.v1.SessionService/TerminateSession"
+	SessionService_CreateSession_FullMethodName      = "/harvest.executor.v1.SessionService/CreateSession"
+	SessionService_GetSession_FullMethodName         = "/harvest.executor.v1.SessionService/GetSession"
+	SessionService_ListSessions_FullMethodName       = "/harvest.executor.v1.SessionService/ListSessions"
+	SessionService_TerminateSession_FullMethodName   = "/harvest.executor.v1.SessionService/TerminateSession"
+	SessionService_UpdateSession_FullMethodName      = "/harvest.executor.v1.SessionService/UpdateSession"
+	SessionService_WatchSession_FullMethodName       = "/harvest.executor.v1.SessionService/WatchSession"
+	SessionService_PauseSession_FullMethodName       = "/harvest.executor.v1.SessionService/PauseSession"
+	SessionService_ResumeSession_FullMethodName      = "/harvest.executor.v1.SessionService/ResumeSession"
+	SessionService_ForkSession_FullMethodName        = "/harvest.executor.v1.SessionService/ForkSession"
+	SessionService_SendPrompt_FullMethodName         = "/harvest.executor.v1.SessionService/SendPrompt"
+	SessionService_WatchTurn_FullMethodName          = "/harvest.executor.v1.SessionService/WatchTurn"
+	SessionService_GetTurn_FullMethodName            = "/harvest.executor.v1.SessionService/GetTurn"
+	SessionService_ListTurns_FullMethodName          = "/harvest.executor.v1.SessionService/ListTurns"
+	SessionService_CancelTurn_FullMethodName         = "/harvest.executor.v1.SessionService/CancelTurn"
+	SessionService_ListInteractions_FullMethodName   = "/harvest.executor.v1.SessionService/ListInteractions"
+	SessionService_ResolveInteraction_FullMethodName = "/harvest.executor.v1.SessionService/ResolveInteraction"
+	SessionService_ListMessages_FullMethodName       = "/harvest.executor.v1.SessionService/ListMessages"
+	SessionService_GetDiff_FullMethodName            = "/harvest.executor.v1.SessionService/GetDiff"
 )
 
 // SessionServiceClient is the client API for SessionService service.
@@ -40,7 +54,8 @@ type SessionServiceClient interface {
 	// While there are as many sandboxes as may be, the call waits for its turn;
 	// RESOURCE_EXHAUSTED as in ExecutorService.Execute.
 	CreateSession(ctx context.Context, in *CreateSessionRequest, opts ...grpc.CallOption) (*CreateSessionResponse, error)
-	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
+	// Reads a session; with wait also waits until it has left STATE_STARTING and
+	// STATE_RESUMING. NOT_FOUND.
 	GetSession(ctx context.Context, in *GetSessionRequest, opts ...grpc.CallOption) (*GetSessionResponse, error)
 	// Lists sessions, the newest first. INVALID_ARGUMENT for a bad filter, and for a page
 	// token that this server did not give for the same listing, filter and order.
@@ -48,6 +63,55 @@ type SessionServiceClient interface {
 	// Ends a session: its executions end with SESSION_ENDED, its sandbox is gone when
 	// the answer comes. One that has ended already is answered as it is. NOT_FOUND.
 	TerminateSession(ctx context.Context, in *TerminateSessionRequest, opts ...grpc.CallOption) (*TerminateSessionResponse, error)
+	// Changes a session: its labels, deadline, idle policy; gives it credentials. NOT_FOUND;
+	// FAILED_PRECONDITION (SESSION_NOT_RUNNING) for one that has ended.
+	UpdateSession(ctx context.Context, in *UpdateSessionRequest, opts ...grpc.CallOption) (*UpdateSessionResponse, error)
+	// Follows a session from any point of its log: how it starts, what changes, what runs in
+	// it, how it ends. The stream ends with ended and status OK. NOT_FOUND; OUT_OF_RANGE if
+	// `after` lies in the future.
+	WatchSession(ctx context.Context, in *WatchSessionRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSessionResponse], error)
+	// Makes a snapshot of the session's sandbox, agent and conversation included, and gives
+	// the sandbox back. Turns and executions that run are ended first. Answers when it is
+	// paused. NOT_FOUND; FAILED_PRECONDITION (SESSION_NOT_RUNNING; SNAPSHOT_NOT_AVAILABLE
+	// where the engine has none).
+	PauseSession(ctx context.Context, in *PauseSessionRequest, opts ...grpc.CallOption) (*PauseSessionResponse, error)
+	// Makes a sandbox from the snapshot of a paused session. Answers at once, in
+	// STATE_RESUMING. NOT_FOUND; FAILED_PRECONDITION (SESSION_NOT_PAUSED);
+	// RESOURCE_EXHAUSTED as in CreateSession.
+	ResumeSession(ctx context.Context, in *ResumeSessionRequest, opts ...grpc.CallOption) (*ResumeSessionResponse, error)
+	// Makes a new session from a snapshot of this one, which runs on: files, agent and
+	// conversation are as they were. Also from a paused one, and from saved work of one that
+	// has ended. Answers at once, in STATE_STARTING. NOT_FOUND; FAILED_PRECONDITION
+	// (NO_SNAPSHOT); RESOURCE_EXHAUSTED as in CreateSession.
+	ForkSession(ctx context.Context, in *ForkSessionRequest, opts ...grpc.CallOption) (*ForkSessionResponse, error)
+	// Queues a prompt for the session's agent and follows its turn to the end. The turn goes
+	// on when the caller leaves. NOT_FOUND; FAILED_PRECONDITION (SESSION_NOT_RUNNING;
+	// NO_AGENT); RESOURCE_EXHAUSTED (SPEND_LIMIT, TURN_LIMIT; QUEUE_FULL with 100 prompts
+	// waiting).
+	SendPrompt(ctx context.Context, in *SendPromptRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SendPromptResponse], error)
+	// Follows a turn from any point of its log, while it runs or after. NOT_FOUND;
+	// OUT_OF_RANGE if `after` lies in the future.
+	WatchTurn(ctx context.Context, in *WatchTurnRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchTurnResponse], error)
+	// Reads a turn. NOT_FOUND.
+	GetTurn(ctx context.Context, in *GetTurnRequest, opts ...grpc.CallOption) (*GetTurnResponse, error)
+	// Lists the turns of a session, the newest first. NOT_FOUND; INVALID_ARGUMENT as in
+	// ListSessions.
+	ListTurns(ctx context.Context, in *ListTurnsRequest, opts ...grpc.CallOption) (*ListTurnsResponse, error)
+	// Ends a turn: one that waits is taken out of the queue, one that runs is aborted, with
+	// all that it started. Answers when it is over. One that is over is answered as it is.
+	// NOT_FOUND.
+	CancelTurn(ctx context.Context, in *CancelTurnRequest, opts ...grpc.CallOption) (*CancelTurnResponse, error)
+	// Lists what the agent of a session asked for, the newest first. NOT_FOUND.
+	ListInteractions(ctx context.Context, in *ListInteractionsRequest, opts ...grpc.CallOption) (*ListInteractionsResponse, error)
+	// Resolves an interaction. NOT_FOUND; FAILED_PRECONDITION (INTERACTION_NOT_PENDING) if
+	// somebody else has, or its deadline came.
+	ResolveInteraction(ctx context.Context, in *ResolveInteractionRequest, opts ...grpc.CallOption) (*ResolveInteractionResponse, error)
+	// Reads the conversation with the session's agent, the oldest message first. NOT_FOUND;
+	// FAILED_PRECONDITION (NO_AGENT).
+	ListMessages(ctx context.Context, in *ListMessagesRequest, opts ...grpc.CallOption) (*ListMessagesResponse, error)
+	// Reads what the session's repositories differ by from what was checked out. NOT_FOUND;
+	// FAILED_PRECONDITION (SESSION_NOT_RUNNING).
+	GetDiff(ctx context.Context, in *GetDiffRequest, opts ...grpc.CallOption) (*GetDiffResponse, error)
 }
 
 type sessionServiceClient struct {
@@ -98,6 +162,173 @@ func (c *sessionServiceClient) TerminateSession(ctx context.Context, in *Termina
 	return out, nil
 }
 
+func (c *sessionServiceClient) UpdateSession(ctx context.Context, in *UpdateSessionRequest, opts ...grpc.CallOption) (*UpdateSessionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UpdateSessionResponse)
+	err := c.cc.Invoke(ctx, SessionService_UpdateSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) WatchSession(ctx context.Context, in *WatchSessionRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSessionResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SessionService_ServiceDesc.Streams[0], SessionService_WatchSession_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchSessionRequest, WatchSessionResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_WatchSessionClient = grpc.ServerStreamingClient[WatchSessionResponse]
+
+func (c *sessionServiceClient) PauseSession(ctx context.Context, in *PauseSessionRequest, opts ...grpc.CallOption) (*PauseSessionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PauseSessionResponse)
+	err := c.cc.Invoke(ctx, SessionService_PauseSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ResumeSession(ctx context.Context, in *ResumeSessionRequest, opts ...grpc.CallOption) (*ResumeSessionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResumeSessionResponse)
+	err := c.cc.Invoke(ctx, SessionService_ResumeSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ForkSession(ctx context.Context, in *ForkSessionRequest, opts ...grpc.CallOption) (*ForkSessionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ForkSessionResponse)
+	err := c.cc.Invoke(ctx, SessionService_ForkSession_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) SendPrompt(ctx context.Context, in *SendPromptRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SendPromptResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SessionService_ServiceDesc.Streams[1], SessionService_SendPrompt_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[SendPromptRequest, SendPromptResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_SendPromptClient = grpc.ServerStreamingClient[SendPromptResponse]
+
+func (c *sessionServiceClient) WatchTurn(ctx context.Context, in *WatchTurnRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchTurnResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SessionService_ServiceDesc.Streams[2], SessionService_WatchTurn_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchTurnRequest, WatchTurnResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_WatchTurnClient = grpc.ServerStreamingClient[WatchTurnResponse]
+
+func (c *sessionServiceClient) GetTurn(ctx context.Context, in *GetTurnRequest, opts ...grpc.CallOption) (*GetTurnResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetTurnResponse)
+	err := c.cc.Invoke(ctx, SessionService_GetTurn_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ListTurns(ctx context.Context, in *ListTurnsRequest, opts ...grpc.CallOption) (*ListTurnsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListTurnsResponse)
+	err := c.cc.Invoke(ctx, SessionService_ListTurns_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) CancelTurn(ctx context.Context, in *CancelTurnRequest, opts ...grpc.CallOption) (*CancelTurnResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CancelTurnResponse)
+	err := c.cc.Invoke(ctx, SessionService_CancelTurn_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ListInteractions(ctx context.Context, in *ListInteractionsRequest, opts ...grpc.CallOption) (*ListInteractionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListInteractionsResponse)
+	err := c.cc.Invoke(ctx, SessionService_ListInteractions_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ResolveInteraction(ctx context.Context, in *ResolveInteractionRequest, opts ...grpc.CallOption) (*ResolveInteractionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResolveInteractionResponse)
+	err := c.cc.Invoke(ctx, SessionService_ResolveInteraction_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) ListMessages(ctx context.Context, in *ListMessagesRequest, opts ...grpc.CallOption) (*ListMessagesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListMessagesResponse)
+	err := c.cc.Invoke(ctx, SessionService_ListMessages_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *sessionServiceClient) GetDiff(ctx context.Context, in *GetDiffRequest, opts ...grpc.CallOption) (*GetDiffResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetDiffResponse)
+	err := c.cc.Invoke(ctx, SessionService_GetDiff_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SessionServiceServer is the server API for SessionService service.
 // All implementations must embed UnimplementedSessionServiceServer
 // for forward compatibility.
@@ -111,7 +342,8 @@ type SessionServiceServer interface {
 	// While there are as many sandboxes as may be, the call waits for its turn;
 	// RESOURCE_EXHAUSTED as in ExecutorService.Execute.
 	CreateSession(context.Context, *CreateSessionRequest) (*CreateSessionResponse, error)
-	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
+	// Reads a session; with wait also waits until it has left STATE_STARTING and
+	// STATE_RESUMING. NOT_FOUND.
 	GetSession(context.Context, *GetSessionRequest) (*GetSessionResponse, error)
 	// Lists sessions, the newest first. INVALID_ARGUMENT for a bad filter, and for a page
 	// token that this server did not give for the same listing, filter and order.
@@ -119,6 +351,55 @@ type SessionServiceServer interface {
 	// Ends a session: its executions end with SESSION_ENDED, its sandbox is gone when
 	// the answer comes. One that has ended already is answered as it is. NOT_FOUND.
 	TerminateSession(context.Context, *TerminateSessionRequest) (*TerminateSessionResponse, error)
+	// Changes a session: its labels, deadline, idle policy; gives it credentials. NOT_FOUND;
+	// FAILED_PRECONDITION (SESSION_NOT_RUNNING) for one that has ended.
+	UpdateSession(context.Context, *UpdateSessionRequest) (*UpdateSessionResponse, error)
+	// Follows a session from any point of its log: how it starts, what changes, what runs in
+	// it, how it ends. The stream ends with ended and status OK. NOT_FOUND; OUT_OF_RANGE if
+	// `after` lies in the future.
+	WatchSession(*WatchSessionRequest, grpc.ServerStreamingServer[WatchSessionResponse]) error
+	// Makes a snapshot of the session's sandbox, agent and conversation included, and gives
+	// the sandbox back. Turns and executions that run are ended first. Answers when it is
+	// paused. NOT_FOUND; FAILED_PRECONDITION (SESSION_NOT_RUNNING; SNAPSHOT_NOT_AVAILABLE
+	// where the engine has none).
+	PauseSession(context.Context, *PauseSessionRequest) (*PauseSessionResponse, error)
+	// Makes a sandbox from the snapshot of a paused session. Answers at once, in
+	// STATE_RESUMING. NOT_FOUND; FAILED_PRECONDITION (SESSION_NOT_PAUSED);
+	// RESOURCE_EXHAUSTED as in CreateSession.
+	ResumeSession(context.Context, *ResumeSessionRequest) (*ResumeSessionResponse, error)
+	// Makes a new session from a snapshot of this one, which runs on: files, agent and
+	// conversation are as they were. Also from a paused one, and from saved work of one that
+	// has ended. Answers at once, in STATE_STARTING. NOT_FOUND; FAILED_PRECONDITION
+	// (NO_SNAPSHOT); RESOURCE_EXHAUSTED as in CreateSession.
+	ForkSession(context.Context, *ForkSessionRequest) (*ForkSessionResponse, error)
+	// Queues a prompt for the session's agent and follows its turn to the end. The turn goes
+	// on when the caller leaves. NOT_FOUND; FAILED_PRECONDITION (SESSION_NOT_RUNNING;
+	// NO_AGENT); RESOURCE_EXHAUSTED (SPEND_LIMIT, TURN_LIMIT; QUEUE_FULL with 100 prompts
+	// waiting).
+	SendPrompt(*SendPromptRequest, grpc.ServerStreamingServer[SendPromptResponse]) error
+	// Follows a turn from any point of its log, while it runs or after. NOT_FOUND;
+	// OUT_OF_RANGE if `after` lies in the future.
+	WatchTurn(*WatchTurnRequest, grpc.ServerStreamingServer[WatchTurnResponse]) error
+	// Reads a turn. NOT_FOUND.
+	GetTurn(context.Context, *GetTurnRequest) (*GetTurnResponse, error)
+	// Lists the turns of a session, the newest first. NOT_FOUND; INVALID_ARGUMENT as in
+	// ListSessions.
+	ListTurns(context.Context, *ListTurnsRequest) (*ListTurnsResponse, error)
+	// Ends a turn: one that waits is taken out of the queue, one that runs is aborted, with
+	// all that it started. Answers when it is over. One that is over is answered as it is.
+	// NOT_FOUND.
+	CancelTurn(context.Context, *CancelTurnRequest) (*CancelTurnResponse, error)
+	// Lists what the agent of a session asked for, the newest first. NOT_FOUND.
+	ListInteractions(context.Context, *ListInteractionsRequest) (*ListInteractionsResponse, error)
+	// Resolves an interaction. NOT_FOUND; FAILED_PRECONDITION (INTERACTION_NOT_PENDING) if
+	// somebody else has, or its deadline came.
+	ResolveInteraction(context.Context, *ResolveInteractionRequest) (*ResolveInteractionResponse, error)
+	// Reads the conversation with the session's agent, the oldest message first. NOT_FOUND;
+	// FAILED_PRECONDITION (NO_AGENT).
+	ListMessages(context.Context, *ListMessagesRequest) (*ListMessagesResponse, error)
+	// Reads what the session's repositories differ by from what was checked out. NOT_FOUND;
+	// FAILED_PRECONDITION (SESSION_NOT_RUNNING).
+	GetDiff(context.Context, *GetDiffRequest) (*GetDiffResponse, error)
 	mustEmbedUnimplementedSessionServiceServer()
 }
 
@@ -140,6 +421,48 @@ func (UnimplementedSessionServiceServer) ListSessions(context.Context, *ListSess
 }
 func (UnimplementedSessionServiceServer) TerminateSession(context.Context, *TerminateSessionRequest) (*TerminateSessionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method TerminateSession not implemented")
+}
+func (UnimplementedSessionServiceServer) UpdateSession(context.Context, *UpdateSessionRequest) (*UpdateSessionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UpdateSession not implemented")
+}
+func (UnimplementedSessionServiceServer) WatchSession(*WatchSessionRequest, grpc.ServerStreamingServer[WatchSessionResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchSession not implemented")
+}
+func (UnimplementedSessionServiceServer) PauseSession(context.Context, *PauseSessionRequest) (*PauseSessionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PauseSession not implemented")
+}
+func (UnimplementedSessionServiceServer) ResumeSession(context.Context, *ResumeSessionRequest) (*ResumeSessionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResumeSession not implemented")
+}
+func (UnimplementedSessionServiceServer) ForkSession(context.Context, *ForkSessionRequest) (*ForkSessionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForkSession not implemented")
+}
+func (UnimplementedSessionServiceServer) SendPrompt(*SendPromptRequest, grpc.ServerStreamingServer[SendPromptResponse]) error {
+	return status.Error(codes.Unimplemented, "method SendPrompt not implemented")
+}
+func (UnimplementedSessionServiceServer) WatchTurn(*WatchTurnRequest, grpc.ServerStreamingServer[WatchTurnResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchTurn not implemented")
+}
+func (UnimplementedSessionServiceServer) GetTurn(context.Context, *GetTurnRequest) (*GetTurnResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetTurn not implemented")
+}
+func (UnimplementedSessionServiceServer) ListTurns(context.Context, *ListTurnsRequest) (*ListTurnsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListTurns not implemented")
+}
+func (UnimplementedSessionServiceServer) CancelTurn(context.Context, *CancelTurnRequest) (*CancelTurnResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CancelTurn not implemented")
+}
+func (UnimplementedSessionServiceServer) ListInteractions(context.Context, *ListInteractionsRequest) (*ListInteractionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListInteractions not implemented")
+}
+func (UnimplementedSessionServiceServer) ResolveInteraction(context.Context, *ResolveInteractionRequest) (*ResolveInteractionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResolveInteraction not implemented")
+}
+func (UnimplementedSessionServiceServer) ListMessages(context.Context, *ListMessagesRequest) (*ListMessagesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListMessages not implemented")
+}
+func (UnimplementedSessionServiceServer) GetDiff(context.Context, *GetDiffRequest) (*GetDiffResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetDiff not implemented")
 }
 func (UnimplementedSessionServiceServer) mustEmbedUnimplementedSessionServiceServer() {}
 func (UnimplementedSessionServiceServer) testEmbeddedByValue()                        {}
@@ -234,6 +557,237 @@ func _SessionService_TerminateSession_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SessionService_UpdateSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UpdateSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).UpdateSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_UpdateSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).UpdateSession(ctx, req.(*UpdateSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_WatchSession_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchSessionRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SessionServiceServer).WatchSession(m, &grpc.GenericServerStream[WatchSessionRequest, WatchSessionResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_WatchSessionServer = grpc.ServerStreamingServer[WatchSessionResponse]
+
+func _SessionService_PauseSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PauseSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).PauseSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_PauseSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).PauseSession(ctx, req.(*PauseSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ResumeSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ResumeSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ResumeSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ResumeSession(ctx, req.(*ResumeSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ForkSession_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForkSessionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ForkSession(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ForkSession_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ForkSession(ctx, req.(*ForkSessionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_SendPrompt_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(SendPromptRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SessionServiceServer).SendPrompt(m, &grpc.GenericServerStream[SendPromptRequest, SendPromptResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_SendPromptServer = grpc.ServerStreamingServer[SendPromptResponse]
+
+func _SessionService_WatchTurn_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchTurnRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SessionServiceServer).WatchTurn(m, &grpc.GenericServerStream[WatchTurnRequest, WatchTurnResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SessionService_WatchTurnServer = grpc.ServerStreamingServer[WatchTurnResponse]
+
+func _SessionService_GetTurn_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetTurnRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).GetTurn(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_GetTurn_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).GetTurn(ctx, req.(*GetTurnRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ListTurns_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListTurnsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ListTurns(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ListTurns_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ListTurns(ctx, req.(*ListTurnsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_CancelTurn_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CancelTurnRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).CancelTurn(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_CancelTurn_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).CancelTurn(ctx, req.(*CancelTurnRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ListInteractions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListInteractionsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ListInteractions(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ListInteractions_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ListInteractions(ctx, req.(*ListInteractionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ResolveInteraction_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResolveInteractionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ResolveInteraction(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ResolveInteraction_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ResolveInteraction(ctx, req.(*ResolveInteractionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_ListMessages_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListMessagesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).ListMessages(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_ListMessages_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).ListMessages(ctx, req.(*ListMessagesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _SessionService_GetDiff_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetDiffRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SessionServiceServer).GetDiff(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SessionService_GetDiff_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SessionServiceServer).GetDiff(ctx, req.(*GetDiffRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // SessionService_ServiceDesc is the grpc.ServiceDesc for SessionService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -257,7 +811,67 @@ var SessionService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "TerminateSession",
 			Handler:    _SessionService_TerminateSession_Handler,
 		},
+		{
+			MethodName: "UpdateSession",
+			Handler:    _SessionService_UpdateSession_Handler,
+		},
+		{
+			MethodName: "PauseSession",
+			Handler:    _SessionService_PauseSession_Handler,
+		},
+		{
+			MethodName: "ResumeSession",
+			Handler:    _SessionService_ResumeSession_Handler,
+		},
+		{
+			MethodName: "ForkSession",
+			Handler:    _SessionService_ForkSession_Handler,
+		},
+		{
+			MethodName: "GetTurn",
+			Handler:    _SessionService_GetTurn_Handler,
+		},
+		{
+			MethodName: "ListTurns",
+			Handler:    _SessionService_ListTurns_Handler,
+		},
+		{
+			MethodName: "CancelTurn",
+			Handler:    _SessionService_CancelTurn_Handler,
+		},
+		{
+			MethodName: "ListInteractions",
+			Handler:    _SessionService_ListInteractions_Handler,
+		},
+		{
+			MethodName: "ResolveInteraction",
+			Handler:    _SessionService_ResolveInteraction_Handler,
+		},
+		{
+			MethodName: "ListMessages",
+			Handler:    _SessionService_ListMessages_Handler,
+		},
+		{
+			MethodName: "GetDiff",
+			Handler:    _SessionService_GetDiff_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchSession",
+			Handler:       _SessionService_WatchSession_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "SendPrompt",
+			Handler:       _SessionService_SendPrompt_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WatchTurn",
+			Handler:       _SessionService_WatchTurn_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "harvest/executor/v1/session_service.proto",
 }
