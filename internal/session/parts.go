@@ -54,8 +54,9 @@ type Way struct {
 
 // Workspace prepares what lies in /workspace, and saves it.
 type Workspace interface {
-	// Locate completes a repository as it was asked for; a fault Invalid about it.
-	Locate(r Repository) (Repository, error)
+	// Plan completes repositories as they were asked for: each has a URL and a Directory of
+	// its own. A fault Invalid about one of them.
+	Plan(all []Repository) ([]Repository, error)
 	// Configure sets git up in a new sandbox: identity, rules, the ways to remotes.
 	Configure(ctx context.Context, sb engine.Sandbox, id Identity, repositories []Repository) error
 	// Clone clones a repository; one that is there already is left as it is.

@@ -90,14 +90,18 @@ func generation(sb engine.Sandbox) string {
 
 type workspace struct{ *furniture }
 
-func (f workspace) Locate(r session.Repository) (session.Repository, error) {
-	if r.URL == "bad" {
-		return r, fault.InvalidField("REPOSITORY_URL", "repositories", "bad")
+func (f workspace) Plan(all []session.Repository) ([]session.Repository, error) {
+	var planned []session.Repository
+	for _, r := range all {
+		if r.URL == "bad" {
+			return nil, fault.InvalidField("REPOSITORY_URL", "repositories", "bad")
+		}
+		if r.Directory == "" {
+			r.Directory = r.URL[strings.LastIndex(r.URL, "/")+1:]
+		}
+		planned = append(planned, r)
 	}
-	if r.Directory == "" {
-		r.Directory = r.URL[strings.LastIndex(r.URL, "/")+1:]
-	}
-	return r, nil
+	return planned, nil
 }
 
 func (f workspace) Configure(ctx context.Context, _ engine.Sandbox, id session.Identity, _ []session.Repository) error {
