@@ -1,8 +1,6 @@
 package workspace
 
 import (
-	"bytes"
-	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -12,52 +10,17 @@ import (
 
 	"go.uber.org/goleak"
 
-	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/guestclient"
 	"github.com/harvest-run/executord/internal/testgit"
+	"github.com/harvest-run/executord/internal/workspace/workspacetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// host runs commands on the host, as a guest would in its sandbox. HOME is a directory of the test.
-type host struct {
-	t    *testing.T
-	home string
-}
-
-func newHost(t *testing.T) host {
+// newHost makes a Runner on the host.
+func newHost(t *testing.T) workspacetest.Host {
 	t.Helper()
-	h := host{t, t.TempDir()}
-	if err := os.WriteFile(h.config(), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	return h
-}
-
-// config is git's configuration for the system.
-func (h host) config() string { return filepath.Join(h.home, "gitconfig") }
-
-func (h host) command(ctx context.Context, c guestclient.Command) *exec.Cmd {
-	name := c.Args[0]
-	if !strings.Contains(name, "/") {
-		for _, dir := range filepath.SplitList(c.Env["PATH"]) {
-			if path := filepath.Join(dir, name); isFile(path) {
-				name = path
-				break
-			}
-		}
-	}
-	cmd := exec.CommandContext(ctx, name, c.Args[1:]...)
-	cmd.Dir = c.Dir
-	if cmd.Dir == "" {
-		cmd.Dir = "/"
-	}
-	cmd.Env = []string{"HOME=" + h.home, "GIT_CONFIG_SYSTEM=" + h.config(), "GIT_CONFIG_GLOBAL=/dev/null"}
-	for name, text := range c.Env {
-		cmd.Env = append(cmd.Env, name+"="+text)
-	}
-	cmd.Stdin = bytes.NewReader(c.Input)
-	return cmd
+	return workspacetest.NewHost(t)
 }
 
 func isFile(path string) bool {
@@ -65,39 +28,11 @@ func isFile(path string) bool {
 	return err == nil && info.Mode().IsRegular()
 }
 
-func exitOf(cmd *exec.Cmd, err error) (*guestv1.Exit, error) {
-	if _, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
-		return nil, err
-	}
-	return &guestv1.Exit{Status: &guestv1.Exit_Code{Code: int32(cmd.ProcessState.ExitCode())}}, nil
-}
-
-func (h host) Run(ctx context.Context, c guestclient.Command) (guestclient.Outcome, error) {
-	cmd := h.command(ctx, c)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	exit, err := exitOf(cmd, cmd.Run())
-	return guestclient.Outcome{Exit: exit, Stdout: stdout.Bytes(), Stderr: stderr.Bytes()}, err
-}
-
-type sinkWriter struct {
-	stream guestv1.Stream
-	sink   func(guestv1.Stream, []byte) error
-}
-
-func (s sinkWriter) Write(p []byte) (int, error) { return len(p), s.sink(s.stream, p) }
-
-func (h host) RunStream(ctx context.Context, c guestclient.Command, sink func(guestv1.Stream, []byte) error) (*guestv1.Exit, error) {
-	cmd := h.command(ctx, c)
-	cmd.Stderr = sinkWriter{guestv1.Stream_STREAM_STDERR, sink}
-	return exitOf(cmd, cmd.Run())
-}
-
 // rig is a server with a repository, and a clone of it.
 type rig struct {
 	t      *testing.T
 	server *testgit.Server
-	host   host
+	host   workspacetest.Host
 	root   string
 	Tree
 }
@@ -110,7 +45,7 @@ func newRig(t *testing.T, files map[string]string) *rig {
 	t.Helper()
 	r := &rig{t: t, server: testgit.New(t, testgit.Config{}), host: newHost(t), root: t.TempDir()}
 	url := r.server.Repository("owner/repo", files)
-	r.must(Configure(t.Context(), r.host, Setup{Identity: me(), ConfigFile: r.host.config(), GuardDir: filepath.Join(r.host.home, "sbin")}))
+	r.must(Configure(t.Context(), r.host, Setup{Identity: me(), ConfigFile: r.host.Config(), GuardDir: filepath.Join(r.host.Home, "sbin")}))
 	c, err := Clone(t.Context(), r.host, r.root, Repository{URL: url, Name: "repo"}, nil)
 	r.must(err)
 	r.Tree = c.Tree
@@ -157,12 +92,12 @@ func (r *rig) user(args ...string) string {
 
 func (r *rig) guarded(args ...string) (string, int) {
 	r.t.Helper()
-	cmd := r.host.command(r.t.Context(), guestclient.Command{
+	cmd := r.host.Command(r.t.Context(), guestclient.Command{
 		Args: append([]string{"git"}, args...), Dir: r.Dir,
-		Env: map[string]string{"PATH": filepath.Join(r.host.home, "sbin") + ":" + os.Getenv("PATH"), "GIT_TERMINAL_PROMPT": "0", "LANG": "C", "GIT_EDITOR": "true"},
+		Env: map[string]string{"PATH": filepath.Join(r.host.Home, "sbin") + ":" + os.Getenv("PATH"), "GIT_TERMINAL_PROMPT": "0", "LANG": "C", "GIT_EDITOR": "true"},
 	})
 	out, err := cmd.CombinedOutput()
-	if _, err := exitOf(cmd, err); err != nil {
+	if _, ok := errors.AsType[*exec.ExitError](err); err != nil && !ok {
 		r.t.Fatal(err)
 	}
 	return string(out), cmd.ProcessState.ExitCode()

@@ -25,7 +25,7 @@ func TestConfigure(t *testing.T) {
 	}
 	setup := Setup{
 		Identity: Identity{"Eve <x>\n(Harvest)", "eve@example.com"}, Brokers: map[string]string{"git.example": r.server.URL + "/"},
-		ConfigFile: r.host.config(), GuardDir: filepath.Join(r.host.home, "sbin"),
+		ConfigFile: r.host.Config(), GuardDir: filepath.Join(r.host.Home, "sbin"),
 	}
 	for range 2 { // it may be repeated
 		r.must(Configure(t.Context(), r.host, setup))
