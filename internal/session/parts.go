@@ -45,11 +45,15 @@ type Credentials interface {
 // Way says what a sandbox reaches with credentials.
 type Way struct {
 	// Values are credentials by name, Secrets names of configured ones.
-	Values       map[string]string
-	Secrets      map[string]string
+	Values  map[string]string
+	Secrets map[string]string
+	// Inline are the names of all values that were given, also before a restart.
+	Inline       []string
 	Repositories []Repository
 	// Model is nil without an agent.
 	Model *Model
+	// Auth is the content of the agent's file of log-ins; "" for none.
+	Auth string
 }
 
 // Workspace prepares what lies in /workspace, and saves it.
@@ -70,7 +74,7 @@ type Workspace interface {
 	// Save keeps what was neither committed nor pushed, under a ref of this name where there
 	// is a remote that can be written to. whole is false if the sandbox has more than was
 	// saved. A SavedWork without a Commit: there was nothing to save.
-	Save(ctx context.Context, sb engine.Sandbox, c Checkout, ref string) (saved SavedWork, whole bool, err error)
+	Save(ctx context.Context, sb engine.Sandbox, c Checkout, ref string, id Identity) (saved SavedWork, whole bool, err error)
 	// Diff tells what differs from what was checked out.
 	Diff(ctx context.Context, sb engine.Sandbox, c Checkout) (RepositoryDiff, error)
 }
@@ -103,8 +107,6 @@ type Agents interface {
 type AgentStart struct {
 	Spec AgentSpec
 	Way  Way
-	// Auth is the content of the agent's file of log-ins; "" for none.
-	Auth string
 	// Conversation goes on; "" begins one.
 	Conversation string
 	// Tell is told how far it is, and later of changes of its state. It must not block.

@@ -123,7 +123,7 @@ func (f workspace) CommitMemory(ctx context.Context, _ engine.Sandbox) error {
 	return f.do(ctx, "commit memory")
 }
 
-func (f workspace) Save(ctx context.Context, _ engine.Sandbox, c session.Checkout, ref string) (session.SavedWork, bool, error) {
+func (f workspace) Save(ctx context.Context, _ engine.Sandbox, c session.Checkout, ref string, _ session.Identity) (session.SavedWork, bool, error) {
 	return session.SavedWork{Ref: ref, Commit: "badcab"}, !f.unsaved, f.do(ctx, "save %s", c.Path)
 }
 

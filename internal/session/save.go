@@ -73,7 +73,7 @@ func (l *live) saveWork(ctx context.Context, record Session) (all []SavedWork, w
 		err := l.do(StepSave, c.Path, func() error {
 			ctx, stop := context.WithTimeoutCause(ctx, saveTime, fmt.Errorf("not saved within %v", saveTime))
 			defer stop()
-			saved, all1, err := l.service.cfg.Parts.Workspace.Save(ctx, l.sandbox, c, wipRef(record.ID))
+			saved, all1, err := l.service.cfg.Parts.Workspace.Save(ctx, l.sandbox, c, wipRef(record.ID), record.Details.Identity)
 			whole = whole && all1 && err == nil
 			if saved.Commit != "" || saved.Detail != "" {
 				saved.Path, saved.Time = c.Path, time.Now()

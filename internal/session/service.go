@@ -187,7 +187,7 @@ func (s *Service) details(r Request) (Details, error) {
 		d.Inline = append(d.Inline, name)
 	}
 	slices.Sort(d.Inline)
-	way := Way{Values: r.Values, Secrets: r.Secrets, Repositories: d.Repositories}
+	way := Way{Values: r.Values, Secrets: r.Secrets, Inline: d.Inline, Repositories: d.Repositories, Auth: r.Auth}
 	if d.Agent != nil {
 		way.Model = &d.Agent.Model
 	}

@@ -6,6 +6,7 @@
 package config
 
 import (
+	"encoding/json"
 	"embed"
 	"fmt"
 	"path"
@@ -108,6 +109,16 @@ func (k Key) check() error {
 		return fmt.Errorf("%q is not a plain absolute path", k.File)
 	}
 	return nil
+}
+
+// JSON is the configuration alone: given to OpenCode as OPENCODE_CONFIG_CONTENT it goes
+// over that of the image.
+func (o Options) JSON() (json.RawMessage, error) {
+	settings, err := o.settings()
+	if err != nil {
+		return nil, fmt.Errorf("make the configuration of OpenCode: %w", err)
+	}
+	return settings, nil
 }
 
 // Files returns the files of Dir.
