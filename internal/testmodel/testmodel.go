@@ -95,11 +95,12 @@ type Request struct {
 	// Messages are the conversation, the oldest first.
 	Messages []Message
 	// Script and Step say what answered it; Attempt counts from 1. Title says that it asked
-	// for the title of a conversation.
+	// for the title of a conversation, Summary for a shorter history.
 	Script  string
 	Step    int
 	Attempt int
 	Title   bool
+	Summary bool
 	Time    time.Time
 	// Body is the whole request.
 	Body json.RawMessage
@@ -181,7 +182,7 @@ func (s *Server) Requests(script string) []Request {
 	defer s.mu.Unlock()
 	var found []Request
 	for _, r := range s.requests {
-		if script == "" || r.Script == script && !r.Title {
+		if script == "" || r.Script == script && !r.Title && !r.Summary {
 			found = append(found, r)
 		}
 	}
@@ -204,6 +205,16 @@ func place(messages []Message) (script string, step int) {
 			return found[len(found)-1][1], step
 		}
 	}
+	// Of a history that was made shorter only the summary is left.
+	step = 0
+	for _, m := range slices.Backward(messages) {
+		if found := mark.FindStringSubmatch(m.Text); found != nil {
+			return found[1], step
+		}
+		if m.Role == "assistant" {
+			step++
+		}
+	}
 	return "", step
 }
 
@@ -217,6 +228,9 @@ func (s *Server) take(r *Request) (step Step, failure *Failure, ok bool) {
 	defer func() { s.requests = append(s.requests, *r) }()
 	if r.Title {
 		return Say("A title"), nil, true
+	}
+	if r.Summary = summarises(*r); r.Summary {
+		return Say("A summary. [[script:" + r.Script + Continued + "]]"), nil, true
 	}
 	if steps := s.scripts[r.Script]; r.Step < len(steps) {
 		step, ok = steps[r.Step], true
@@ -236,6 +250,16 @@ func (s *Server) take(r *Request) (step Step, failure *Failure, ok bool) {
 		failure = &step.Failures[r.Attempt-1]
 	}
 	return step, failure, true
+}
+
+// Continued goes behind the name of a script for what comes after its history was made
+// shorter: that goes on with a script of its own.
+const Continued = "-continued"
+
+// summarises says whether a request asks for a summary of the conversation: OpenCode puts
+// that into one message.
+func summarises(r Request) bool {
+	return len(r.Tools) == 0 && strings.Contains(strings.ToLower(r.System), "summar")
 }
 
 // callID is a name for a tool call that no other has.

@@ -15,6 +15,13 @@ import (
 	"time"
 )
 
+const (
+	// callTime bounds a call that does not wait for a model.
+	callTime = 30 * time.Second
+	// mcpTime bounds the start of the servers of tools.
+	mcpTime = 3 * time.Minute
+)
+
 // answerLimit bounds an answer: what runs in the sandbox is not trusted.
 const answerLimit = 256 << 20
 
@@ -138,6 +145,9 @@ type MCP struct {
 
 func (c *client) mcp(ctx context.Context, directory string) (map[string]struct{ Status, Error string }, error) {
 	var out map[string]struct{ Status, Error string }
+	// It starts them, and waits for as long as their configuration says.
+	ctx, stop := context.WithTimeoutCause(ctx, mcpTime, fmt.Errorf("no answer within %v", mcpTime))
+	defer stop()
 	err := c.call(ctx, http.MethodGet, "/mcp", directory, nil, &out)
 	return out, err
 }
@@ -149,6 +159,8 @@ type api struct {
 }
 
 func (a api) do(ctx context.Context, method, path string, in, out any) error {
+	ctx, stop := context.WithTimeoutCause(ctx, callTime, fmt.Errorf("no answer within %v", callTime))
+	defer stop()
 	return a.call(ctx, method, path, a.directory, in, out)
 }
 
@@ -162,7 +174,7 @@ func (a api) session(ctx context.Context, id string) (s session, err error) {
 
 // prompt is answered when the turn is over; its context must allow for that.
 func (a api) prompt(ctx context.Context, id string, in any) (m stored, err error) {
-	return m, a.do(ctx, http.MethodPost, "/session/"+id+"/message", in, &m)
+	return m, a.call(ctx, http.MethodPost, "/session/"+id+"/message", a.directory, in, &m)
 }
 
 func (a api) abort(ctx context.Context, id string) error {
@@ -191,8 +203,11 @@ func (a api) diff(ctx context.Context, id, message string) (list []diff, err err
 	return list, a.do(ctx, http.MethodGet, "/session/"+id+"/diff?messageID="+message, nil, &list)
 }
 
-// busy are the conversations that are not idle.
+// busy are the conversations that are not idle. It is asked again and again, so that it is
+// not waited for long.
 func (a api) busy(ctx context.Context) (list map[string]status, err error) {
+	ctx, stop := context.WithTimeoutCause(ctx, callTime/6, fmt.Errorf("no answer within %v", callTime/6))
+	defer stop()
 	return list, a.do(ctx, http.MethodGet, "/session/status", nil, &list)
 }
 

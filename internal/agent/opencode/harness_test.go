@@ -49,6 +49,8 @@ func settings(url string) json.RawMessage {
 		"share": "disabled", "autoupdate": false, "disabled_providers": []string{"opencode"},
 		"model": "anthropic/claude-sonnet-4-5", "small_model": "anthropic/claude-sonnet-4-5",
 		"permission": map[string]any{"*": "allow", "external_directory": "allow", "doom_loop": "allow"},
+		// Rules of a conversation are not those of its sub-agents.
+		"agent": map[string]any{"general": map[string]any{"permission": map[string]any{"bash": map[string]any{"*": "allow", "printf *": "ask"}}}},
 		"provider": map[string]any{
 			"anthropic": map[string]any{"options": map[string]any{"baseURL": url, "apiKey": "key-of-the-test"}},
 			"local": map[string]any{
@@ -90,7 +92,7 @@ func newStage(change func(*Config)) (*stage, error) {
 	if err != nil {
 		return nil, err
 	}
-	st.place = newHostPlace(home)
+	st.place = newHostPlace(root, home)
 	cfg := Config{
 		Place: st.place, Logger: slog.New(slog.NewTextHandler(st.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Program: binary, Dir: st.dir, Home: home, Port: port, Content: settings(st.model.URL()),
@@ -203,7 +205,9 @@ func prompt(script string) agent.Prompt {
 
 // begin gives a prompt and does not wait for its end.
 func begin(t *testing.T, c *Conversation, p agent.Prompt) *take {
-	return beginWith(t, c, func(ctx context.Context, tell func(agent.Event) error) (agent.Outcome, error) { return c.Prompt(ctx, p, tell) })
+	return beginWith(t, c, func(ctx context.Context, tell func(agent.Event) error) (agent.Outcome, error) {
+		return c.Prompt(ctx, p, tell)
+	})
 }
 
 func beginWith(t *testing.T, c *Conversation, run func(context.Context, func(agent.Event) error) (agent.Outcome, error)) *take {

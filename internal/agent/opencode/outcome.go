@@ -13,8 +13,13 @@ func (t *turn) outcome(own []stored, e end) agent.Outcome {
 	x := t.translation
 	var last *stored
 	var out agent.Outcome
+	var broken *failure // of the very last, also if it was to make the history shorter
 	for i, m := range own {
-		if m.Info.Role != "assistant" || m.Info.Summary.Is {
+		if m.Info.Role != "assistant" {
+			continue
+		}
+		broken = m.Info.Error
+		if m.Info.Summary.Is {
 			continue
 		}
 		last = &own[i]
@@ -41,11 +46,11 @@ func (t *turn) outcome(own []stored, e end) agent.Outcome {
 			text = e.refused.Error()
 		}
 		return fail(agent.Error{Name: "UnknownError", Message: text})
-	case last.Info.Error != nil && last.Info.Error.Name == "MessageAbortedError",
-		last.Info.Error == nil && last.Info.Finish == "":
+	case broken != nil && broken.Name == "MessageAbortedError",
+		broken == nil && last.Info.Finish == "":
 		out.Kind, out.Detail = agent.Aborted, "aborted"
-	case last.Info.Error != nil:
-		return fail(last.Info.Error.plain())
+	case broken != nil:
+		return fail(broken.plain())
 	case e.refused != nil && len(x.errors) > 0:
 		return fail(x.errors[0])
 	case last.Info.Finish == "length":

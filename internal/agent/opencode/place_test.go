@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -16,10 +17,10 @@ import (
 )
 
 // hostPlace runs processes on this host, with a home of their own. Everything that one
-// starts has a mark in its environment, by which it is found.
+// starts is found by its working directory, which is below root. (Its environment would
+// say more; to read that of a process that is short of memory can take minutes.)
 type hostPlace struct {
-	home string
-	mark string
+	root, home string
 
 	mu sync.Mutex
 	// what follows is guarded by mu
@@ -44,11 +45,8 @@ type hostConn struct {
 	stream bool // guarded by place.mu: it carries events
 }
 
-func newHostPlace(home string) *hostPlace {
-	return &hostPlace{
-		home: home, mark: fmt.Sprintf("EXECUTORD_TEST_PLACE=%d-%d", os.Getpid(), time.Now().UnixNano()),
-		running: make(map[string]*hostProcess), conns: make(map[*hostConn]bool),
-	}
+func newHostPlace(root, home string) *hostPlace {
+	return &hostPlace{root: root, home: home, running: make(map[string]*hostProcess), conns: make(map[*hostConn]bool)}
 }
 
 func (h *hostPlace) Start(_ context.Context, p Process) (Running, error) {
@@ -64,7 +62,7 @@ func (h *hostPlace) Start(_ context.Context, p Process) (Running, error) {
 	}
 	r := &hostProcess{place: h, log: log, ended: make(chan struct{}), cmd: exec.Command(p.Args[0], p.Args[1:]...)}
 	r.cmd.Dir = p.Dir
-	r.cmd.Env = append([]string{"PATH=/usr/local/bin:/usr/bin:/bin", h.mark}, p.Env...)
+	r.cmd.Env = append([]string{"PATH=/usr/local/bin:/usr/bin:/bin"}, p.Env...)
 	r.cmd.Stdout, r.cmd.Stderr = log, log
 	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := r.cmd.Start(); err != nil {
@@ -147,17 +145,16 @@ func (h *hostPlace) processes(others bool) []int {
 	var found []int
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
 	for _, dir := range dirs {
-		env, err := os.ReadFile(dir + "/environ")
-		if err != nil || !bytes.Contains(env, []byte(h.mark)) {
+		cwd, err := os.Readlink(dir + "/cwd")
+		if err != nil || !strings.HasPrefix(cwd, h.root+"/") {
 			continue
 		}
-		line, _ := os.ReadFile(dir + "/cmdline")
-		if len(line) == 0 || others && bytes.Contains(line, []byte("opencode\x00serve")) {
+		if name, _ := os.ReadFile(dir + "/comm"); others && strings.HasPrefix(string(name), "opencode") {
 			continue
 		}
-		var pid int
-		fmt.Sscanf(filepath.Base(dir), "%d", &pid)
-		found = append(found, pid)
+		if pid, err := strconv.Atoi(filepath.Base(dir)); err == nil {
+			found = append(found, pid)
+		}
 	}
 	return found
 }

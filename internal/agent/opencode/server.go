@@ -132,7 +132,7 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 	own, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	s.stop = stop
 	s.owned.Go(func() { s.supervise(own) })
-	s.owned.Go(func() { s.hub.run(own, func(err error, since time.Duration) { s.deaf(own, err, since) }) })
+	s.owned.Go(func() { s.hub.run(own, s.isUp, func(err error, since time.Duration) { s.deaf(own, err, since) }) })
 	s.owned.Go(func() { s.warm(own) })
 	return s, nil
 }
@@ -217,6 +217,26 @@ func (s *Server) now() (generation int, died string, lost error, changed <-chan 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.generation, s.died, s.lost, s.changed
+}
+
+// isUp waits until it answers; false if that will not be.
+func (s *Server) isUp(ctx context.Context) bool {
+	for ctx.Err() == nil {
+		s.mu.Lock()
+		state, changed := s.status.State, s.changed
+		s.mu.Unlock()
+		switch state {
+		case Ready:
+			return true
+		case Failed:
+			return false
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+	}
+	return false
 }
 
 // supervise starts OpenCode again when it has ended.

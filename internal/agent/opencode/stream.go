@@ -16,6 +16,8 @@ const (
 	// silence is how long the stream of events may be silent: it has a heartbeat every ten
 	// seconds.
 	silence = 30 * time.Second
+	// greeting is how long the first event may take.
+	greeting = 5 * time.Second
 	// lineLimit bounds one event. A tool's output is in one, so it must be large; what runs
 	// in the sandbox must not fill our memory all the same.
 	lineLimit = 64 << 20
@@ -188,12 +190,12 @@ func (h *hub) wait(ctx context.Context) error {
 	}
 }
 
-// run reads until ctx ends, connecting again and again. failed is told of each failure,
-// with how long there has been no connection.
-func (h *hub) run(ctx context.Context, failed func(err error, since time.Duration)) {
+// run reads until ctx ends, connecting again and again, each time when up has returned.
+// failed is told of each failure, with how long there has been no connection.
+func (h *hub) run(ctx context.Context, up func(context.Context) bool, failed func(err error, since time.Duration)) {
 	defer h.set(false)
 	last := time.Now()
-	for wait := 10 * time.Millisecond; ctx.Err() == nil; {
+	for wait := 10 * time.Millisecond; up(ctx); {
 		began := time.Now()
 		err := h.read(ctx)
 		h.set(false)
@@ -223,7 +225,7 @@ func (h *hub) reached(began time.Time) bool {
 func (h *hub) read(ctx context.Context) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	watchdog := time.AfterFunc(silence, func() { stop(fmt.Errorf("no event for %v", silence)) })
+	watchdog := time.AfterFunc(greeting, func() { stop(errors.New("the stream of events is silent")) })
 	defer watchdog.Stop()
 	response, err := h.client.open(ctx, http.MethodGet, "/global/event", "", nil)
 	if err != nil {
