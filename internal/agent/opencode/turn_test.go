@@ -286,11 +286,6 @@ func TestCompaction(t *testing.T) {
 	p.Model = agent.Model{Provider: "local", Model: "small"}
 	k := begin(t, st.conversation(t, ConversationConfig{}), p).wait()
 	k.ended(agent.Completed)
-	for _, r := range st.model.Requests("") {
-		if r.Model == "small" {
-			t.Logf("%s %v tools=%d %.300s sys=%.80s", r.Script, r.Step, len(r.Tools), r.Messages[len(r.Messages)-1].Text, r.System)
-		}
-	}
 	if k.outcome.Text != "On with it." {
 		t.Errorf("the last text is %q", k.outcome.Text)
 	}
