@@ -145,6 +145,21 @@ func rules() []rule {
 			why:   "the log keeps records, whatever they are of",
 		},
 		{
+			of:   []string{"./internal/agent"},
+			ours: []string{}, modules: []string{},
+			why: "what an agent is does not depend on which one it is, or where it runs",
+		},
+		{
+			of:   []string{"./internal/agent/opencode"},
+			ours: []string{"./internal/agent"}, modules: []string{},
+			why: "it drives a program by HTTP, wherever that runs: the place is given",
+		},
+		{
+			of:   []string{"./internal/testmodel"},
+			ours: []string{}, modules: []string{},
+			why: "a provider of models knows nothing of who asks",
+		},
+		{
 			of:   []string{"./internal/filter"},
 			ours: []string{}, modules: []string{},
 			why: "a filter is data, whatever is filtered and wherever that is kept",
