@@ -75,6 +75,7 @@ func defaults() *configv1.Config {
 		Pool:      &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
 		Retention: &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
 		Broker:    &configv1.Broker{},
+		Sessions:  &configv1.Sessions{AuthorName: "Developer", AuthorEmail: "dev@example.com", Model: "anthropic/claude-sonnet-4-5"},
 		Images:    &configv1.Images{DebianMirror: "http://deb.debian.org", NpmRegistry: "https://registry.npmjs.org"},
 	}
 }
@@ -112,6 +113,7 @@ func full() (map[string]string, *configv1.Config) {
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
 			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
+			"sessions.author_name": "Ann", "sessions.author_email": "ann@x", "sessions.model": "openai/gpt-x",
 			"broker.secrets": "github=env:GITHUB_TOKEN", "broker.private_upstreams": "10.0.0.1:443",
 			"images.debian_mirror": "http://mirror.example/d", "images.npm_registry": "https://npm.example", "images.allow": "10.0.0.1:8080",
 			"images.packages": "hello",
@@ -136,6 +138,7 @@ func full() (map[string]string, *configv1.Config) {
 			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
 			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
 			Retention: &configv1.Retention{MaxAge: durationpb.New(0), MaxTotalBytes: 1 << 30, MinFreeBytes: 1<<20 + 1},
+			Sessions:  &configv1.Sessions{AuthorName: "Ann", AuthorEmail: "ann@x", Model: "openai/gpt-x"},
 			Broker:    &configv1.Broker{Secrets: []string{"github=env:GITHUB_TOKEN"}, PrivateUpstreams: []string{"10.0.0.1:443"}},
 			Images: &configv1.Images{DebianMirror: "http://mirror.example/d", NpmRegistry: "https://npm.example",
 				Allow: []string{"10.0.0.1:8080"}, Packages: []string{"hello"}},
@@ -792,6 +795,10 @@ retention:
 broker:
   secrets: []
   private_upstreams: []
+sessions:
+  author_name: Developer
+  author_email: dev@example.com
+  model: anthropic/claude-sonnet-4-5
 images:
   debian_mirror: http://deb.debian.org
   npm_registry: https://registry.npmjs.org

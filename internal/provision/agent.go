@@ -39,7 +39,7 @@ func (p *Provisioner) Start(ctx context.Context, sb engine.Sandbox, start sessio
 		Place:   place{sb, guest, p.cfg.Network.Of(sb.ID()).Environment},
 		Logger:  p.log.With("sandbox", sb.ID()),
 		Program: program, Dir: workspace.Root, ConfigFile: config.Dir + "/opencode.json", Content: settings,
-		Auth: start.Auth, Join: true, Env: []string{placeholder + "=none"},
+		Auth: start.Way.Auth, Join: true, Env: []string{placeholder + "=none"},
 		Tell: func(s opencode.Status) { start.Tell(statusOf(s, missing)) },
 	})
 	if err != nil {

@@ -123,8 +123,8 @@ func (p *Provisioner) Resolve(ctx context.Context, name string, tell func(text s
 		name = AgentImage
 	}
 	b, err := p.cfg.Images.Ensure(ctx, p.cfg.Engine, name, func(e image.Event) {
-		if e.StepBegun != nil {
-			tell(fmt.Sprintf("building image %s: %s", name, e.StepBegun.Name))
+		if e.Step != nil {
+			tell(fmt.Sprintf("building image %s: %s", name, e.Step.Name))
 		}
 	})
 	return b.Ref, err

@@ -140,7 +140,7 @@ func (x Network_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Network_Mode.Descriptor instead.
 func (Network_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4, 0}
 }
 
 // Level is how important a line must be.
@@ -201,7 +201,7 @@ func (x Log_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Level.Descriptor instead.
 func (Log_Level) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6, 0}
 }
 
 // Format is what a line looks like.
@@ -254,7 +254,7 @@ func (x Log_Format) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Format.Descriptor instead.
 func (Log_Format) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5, 1}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6, 1}
 }
 
 // ClientAuth says what clients must show.
@@ -307,7 +307,7 @@ func (x Tls_ClientAuth) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Tls_ClientAuth.Descriptor instead.
 func (Tls_ClientAuth) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13, 0}
 }
 
 // Method is a way to show who one is.
@@ -365,7 +365,7 @@ func (x Auth_Method) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Auth_Method.Descriptor instead.
 func (Auth_Method) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14, 0}
 }
 
 // Help is what a person who sets a field is told about it.
@@ -476,6 +476,8 @@ type Config struct {
 	Retention *Retention `protobuf:"bytes,15,opt,name=retention,proto3" json:"retention,omitempty"`
 	// Credentials that executord adds to requests of sandboxes on the way out.
 	Broker *Broker `protobuf:"bytes,18,opt,name=broker,proto3" json:"broker,omitempty"`
+	// What sessions with repositories and agents get that say nothing else.
+	Sessions *Sessions `protobuf:"bytes,20,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	// How images are made.
 	Images        *Images `protobuf:"bytes,21,opt,name=images,proto3" json:"images,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -624,11 +626,83 @@ func (x *Config) GetBroker() *Broker {
 	return nil
 }
 
+func (x *Config) GetSessions() *Sessions {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
 func (x *Config) GetImages() *Images {
 	if x != nil {
 		return x.Images
 	}
 	return nil
+}
+
+// Sessions says what sessions get that say nothing else.
+type Sessions struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Who commits: a name without "(Harvest)", which is added. Default Developer.
+	AuthorName string `protobuf:"bytes,1,opt,name=author_name,json=authorName,proto3" json:"author_name,omitempty"`
+	// The address of who commits. Default dev@example.com.
+	AuthorEmail string `protobuf:"bytes,2,opt,name=author_email,json=authorEmail,proto3" json:"author_email,omitempty"`
+	// The model of agents, PROVIDER/MODEL; the provider is anthropic or openai. Default
+	// anthropic/claude-sonnet-4-5.
+	Model         string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Sessions) Reset() {
+	*x = Sessions{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Sessions) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Sessions) ProtoMessage() {}
+
+func (x *Sessions) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Sessions.ProtoReflect.Descriptor instead.
+func (*Sessions) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Sessions) GetAuthorName() string {
+	if x != nil {
+		return x.AuthorName
+	}
+	return ""
+}
+
+func (x *Sessions) GetAuthorEmail() string {
+	if x != nil {
+		return x.AuthorEmail
+	}
+	return ""
+}
+
+func (x *Sessions) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // Images says where what images are made of is taken from. The proxy of network applies to
@@ -653,7 +727,7 @@ type Images struct {
 
 func (x *Images) Reset() {
 	*x = Images{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +739,7 @@ func (x *Images) String() string {
 func (*Images) ProtoMessage() {}
 
 func (x *Images) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +752,7 @@ func (x *Images) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Images.ProtoReflect.Descriptor instead.
 func (*Images) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Images) GetDebianMirror() string {
@@ -736,7 +810,7 @@ type Network struct {
 
 func (x *Network) Reset() {
 	*x = Network{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +822,7 @@ func (x *Network) String() string {
 func (*Network) ProtoMessage() {}
 
 func (x *Network) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +835,7 @@ func (x *Network) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Network.ProtoReflect.Descriptor instead.
 func (*Network) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Network) GetDefaultMode() Network_Mode {
@@ -819,7 +893,7 @@ type Broker struct {
 
 func (x *Broker) Reset() {
 	*x = Broker{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -831,7 +905,7 @@ func (x *Broker) String() string {
 func (*Broker) ProtoMessage() {}
 
 func (x *Broker) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -844,7 +918,7 @@ func (x *Broker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Broker.ProtoReflect.Descriptor instead.
 func (*Broker) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Broker) GetSecrets() []string {
@@ -874,7 +948,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -886,7 +960,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -899,7 +973,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Log) GetLevel() Log_Level {
@@ -941,7 +1015,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -953,7 +1027,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -966,7 +1040,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Limits) GetMemoryBytes() int64 {
@@ -1019,7 +1093,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1105,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1118,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Output) GetDefaultRetainedBytes() int64 {
@@ -1089,7 +1163,7 @@ type Local struct {
 
 func (x *Local) Reset() {
 	*x = Local{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1175,7 @@ func (x *Local) String() string {
 func (*Local) ProtoMessage() {}
 
 func (x *Local) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1188,7 @@ func (x *Local) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Local.ProtoReflect.Descriptor instead.
 func (*Local) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Local) GetUidBase() uint32 {
@@ -1174,7 +1248,7 @@ type Admission struct {
 
 func (x *Admission) Reset() {
 	*x = Admission{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1260,7 @@ func (x *Admission) String() string {
 func (*Admission) ProtoMessage() {}
 
 func (x *Admission) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1273,7 @@ func (x *Admission) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Admission.ProtoReflect.Descriptor instead.
 func (*Admission) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Admission) GetMaxRunning() uint32 {
@@ -1247,7 +1321,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1333,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1346,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Pool) GetSize() uint32 {
@@ -1311,7 +1385,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1323,7 +1397,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1336,7 +1410,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Retention) GetMaxAge() *durationpb.Duration {
@@ -1381,7 +1455,7 @@ type Tls struct {
 
 func (x *Tls) Reset() {
 	*x = Tls{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1393,7 +1467,7 @@ func (x *Tls) String() string {
 func (*Tls) ProtoMessage() {}
 
 func (x *Tls) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1406,7 +1480,7 @@ func (x *Tls) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tls.ProtoReflect.Descriptor instead.
 func (*Tls) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Tls) GetCertFile() string {
@@ -1455,7 +1529,7 @@ type Auth struct {
 
 func (x *Auth) Reset() {
 	*x = Auth{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1467,7 +1541,7 @@ func (x *Auth) String() string {
 func (*Auth) ProtoMessage() {}
 
 func (x *Auth) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1480,7 +1554,7 @@ func (x *Auth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Auth.ProtoReflect.Descriptor instead.
 func (*Auth) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Auth) GetMethods() []Auth_Method {
@@ -1540,7 +1614,7 @@ type Oidc struct {
 
 func (x *Oidc) Reset() {
 	*x = Oidc{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1626,7 @@ func (x *Oidc) String() string {
 func (*Oidc) ProtoMessage() {}
 
 func (x *Oidc) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1639,7 @@ func (x *Oidc) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Oidc.ProtoReflect.Descriptor instead.
 func (*Oidc) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Oidc) GetIssuer() string {
@@ -1641,7 +1715,7 @@ type Certificates struct {
 
 func (x *Certificates) Reset() {
 	*x = Certificates{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1653,7 +1727,7 @@ func (x *Certificates) String() string {
 func (*Certificates) ProtoMessage() {}
 
 func (x *Certificates) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1666,7 +1740,7 @@ func (x *Certificates) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificates.ProtoReflect.Descriptor instead.
 func (*Certificates) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Certificates) GetUsers() []string {
@@ -1707,7 +1781,7 @@ type Quotas struct {
 
 func (x *Quotas) Reset() {
 	*x = Quotas{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1793,7 @@ func (x *Quotas) String() string {
 func (*Quotas) ProtoMessage() {}
 
 func (x *Quotas) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1806,7 @@ func (x *Quotas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quotas.ProtoReflect.Descriptor instead.
 func (*Quotas) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{16}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Quotas) GetRunningExecutions() int64 {
@@ -1783,7 +1857,8 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
 	"\adefault\x18\x02 \x01(\tR\adefault\x12\x1c\n" +
-	"\tseparator\x18\x03 \x01(\tR\tseparator\"\xd0\t\n" +
+	"\tseparator\x18\x03 \x01(\tR\tseparator\"\x89\n" +
+	"\n" +
 	"\x06Config\x12\x8b\x01\n" +
 	"\x06listen\x18\x01 \x01(\tBs\xbaH\x04r\x02 \x01\x8a\xb5\x18h\n" +
 	"VHOST:PORT or unix:/PATH to listen on; beyond loopback only with TLS and authentication\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -1808,8 +1883,18 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
 	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
 	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\x121\n" +
-	"\x06broker\x18\x12 \x01(\v2\x19.harvest.config.v1.BrokerR\x06broker\x121\n" +
-	"\x06images\x18\x15 \x01(\v2\x19.harvest.config.v1.ImagesR\x06images\"\xd5\x04\n" +
+	"\x06broker\x18\x12 \x01(\v2\x19.harvest.config.v1.BrokerR\x06broker\x127\n" +
+	"\bsessions\x18\x14 \x01(\v2\x1b.harvest.config.v1.SessionsR\bsessions\x121\n" +
+	"\x06images\x18\x15 \x01(\v2\x19.harvest.config.v1.ImagesR\x06images\"\x87\x03\n" +
+	"\bSessions\x12r\n" +
+	"\vauthor_name\x18\x01 \x01(\tBQ\xbaH\x15r\x13 \x01(\x80\x012\f^[^<>\\n\\r]*$\x8a\xb5\x185\n" +
+	"(who commits in sessions that name nobody\x12\tDeveloperR\n" +
+	"authorName\x12\x83\x01\n" +
+	"\fauthor_email\x18\x02 \x01(\tB`\xbaH\x13r\x11 \x03(\xfe\x012\n" +
+	"^[^<>\\s]+$\x8a\xb5\x18F\n" +
+	"3address of who commits in sessions that name nobody\x12\x0fdev@example.comR\vauthorEmail\x12\x80\x01\n" +
+	"\x05model\x18\x03 \x01(\tBj\xbaH%r#(\xc8\x012\x1e^(anthropic|openai)/[^\\s{}/]+$\x8a\xb5\x18>\n" +
+	"\x1fmodel of agents, PROVIDER/MODEL\x12\x1banthropic/claude-sonnet-4-5R\x05model\"\xd5\x04\n" +
 	"\x06Images\x12\xb1\x01\n" +
 	"\rdebian_mirror\x18\x01 \x01(\tB\x8b\x01\xbaH\x19r\x17(\x80\b2\x12^https?://[^\\s@]+$\x8a\xb5\x18k\n" +
 	"Rmirror of Debian's packages for images, under which debian and debian-security are\x12\x15http://deb.debian.orgR\fdebianMirror\x12x\n" +
@@ -1999,7 +2084,7 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
 	(Network_Mode)(0),                 // 1: harvest.config.v1.Network.Mode
@@ -2009,59 +2094,61 @@ var file_harvest_config_v1_config_proto_goTypes = []any{
 	(Auth_Method)(0),                  // 5: harvest.config.v1.Auth.Method
 	(*Help)(nil),                      // 6: harvest.config.v1.Help
 	(*Config)(nil),                    // 7: harvest.config.v1.Config
-	(*Images)(nil),                    // 8: harvest.config.v1.Images
-	(*Network)(nil),                   // 9: harvest.config.v1.Network
-	(*Broker)(nil),                    // 10: harvest.config.v1.Broker
-	(*Log)(nil),                       // 11: harvest.config.v1.Log
-	(*Limits)(nil),                    // 12: harvest.config.v1.Limits
-	(*Output)(nil),                    // 13: harvest.config.v1.Output
-	(*Local)(nil),                     // 14: harvest.config.v1.Local
-	(*Admission)(nil),                 // 15: harvest.config.v1.Admission
-	(*Pool)(nil),                      // 16: harvest.config.v1.Pool
-	(*Retention)(nil),                 // 17: harvest.config.v1.Retention
-	(*Tls)(nil),                       // 18: harvest.config.v1.Tls
-	(*Auth)(nil),                      // 19: harvest.config.v1.Auth
-	(*Oidc)(nil),                      // 20: harvest.config.v1.Oidc
-	(*Certificates)(nil),              // 21: harvest.config.v1.Certificates
-	(*Quotas)(nil),                    // 22: harvest.config.v1.Quotas
-	(*durationpb.Duration)(nil),       // 23: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 24: google.protobuf.FieldOptions
+	(*Sessions)(nil),                  // 8: harvest.config.v1.Sessions
+	(*Images)(nil),                    // 9: harvest.config.v1.Images
+	(*Network)(nil),                   // 10: harvest.config.v1.Network
+	(*Broker)(nil),                    // 11: harvest.config.v1.Broker
+	(*Log)(nil),                       // 12: harvest.config.v1.Log
+	(*Limits)(nil),                    // 13: harvest.config.v1.Limits
+	(*Output)(nil),                    // 14: harvest.config.v1.Output
+	(*Local)(nil),                     // 15: harvest.config.v1.Local
+	(*Admission)(nil),                 // 16: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 17: harvest.config.v1.Pool
+	(*Retention)(nil),                 // 18: harvest.config.v1.Retention
+	(*Tls)(nil),                       // 19: harvest.config.v1.Tls
+	(*Auth)(nil),                      // 20: harvest.config.v1.Auth
+	(*Oidc)(nil),                      // 21: harvest.config.v1.Oidc
+	(*Certificates)(nil),              // 22: harvest.config.v1.Certificates
+	(*Quotas)(nil),                    // 23: harvest.config.v1.Quotas
+	(*durationpb.Duration)(nil),       // 24: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 25: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	23, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	24, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
-	11, // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
-	12, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
-	13, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
-	14, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	18, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
-	19, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
-	9,  // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
-	15, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
-	16, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	17, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
-	10, // 12: harvest.config.v1.Config.broker:type_name -> harvest.config.v1.Broker
-	8,  // 13: harvest.config.v1.Config.images:type_name -> harvest.config.v1.Images
-	1,  // 14: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
-	1,  // 15: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
-	2,  // 16: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	3,  // 17: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	23, // 18: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	23, // 19: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	23, // 20: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
-	4,  // 21: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
-	5,  // 22: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
-	20, // 23: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
-	21, // 24: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
-	22, // 25: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
-	23, // 26: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
-	24, // 27: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	6,  // 28: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	28, // [28:29] is the sub-list for extension type_name
-	27, // [27:28] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	12, // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
+	13, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
+	14, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
+	15, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
+	19, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
+	20, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
+	10, // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
+	16, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	17, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	18, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	11, // 12: harvest.config.v1.Config.broker:type_name -> harvest.config.v1.Broker
+	8,  // 13: harvest.config.v1.Config.sessions:type_name -> harvest.config.v1.Sessions
+	9,  // 14: harvest.config.v1.Config.images:type_name -> harvest.config.v1.Images
+	1,  // 15: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
+	1,  // 16: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
+	2,  // 17: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	3,  // 18: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	24, // 19: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	24, // 20: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	24, // 21: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	4,  // 22: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
+	5,  // 23: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
+	21, // 24: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
+	22, // 25: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
+	23, // 26: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
+	24, // 27: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
+	25, // 28: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	6,  // 29: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	30, // [30:30] is the sub-list for method output_type
+	30, // [30:30] is the sub-list for method input_type
+	29, // [29:30] is the sub-list for extension type_name
+	28, // [28:29] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -2075,7 +2162,7 @@ func file_harvest_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 1,
 			NumServices:   0,
 		},
