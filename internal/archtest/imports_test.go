@@ -125,6 +125,21 @@ func rules() []rule {
 			why:  "it proxies connections, whoever made the sandbox that they come from",
 		},
 		{
+			of:   []string{"./internal/secret"},
+			ours: []string{"./internal/fault"}, modules: []string{},
+			why: "what holds credentials is small enough to be read at once",
+		},
+		{
+			of:   []string{"./internal/broker"},
+			ours: []string{"./internal/egress/...", "./internal/secret", "./internal/engine", "./internal/fault", "./internal/guestclient", "./internal/guest/wire", "./gen/harvest/guest/..."},
+			why:  "it adds credentials to requests, whatever session they are of",
+		},
+		{
+			of:    []string{"./internal/workspace/..."},
+			never: []string{"./internal/broker", "./internal/secret", "./internal/engine/...", "./internal/session/...", "./internal/execution/...", "./internal/store/...", "./gen/harvest/executor/...", "google.golang.org/grpc/..."},
+			why:   "what runs inside a sandbox is given no credentials, so it must not be able to come by one",
+		},
+		{
 			of:    []string{"./internal/eventlog/..."},
 			never: []string{"./internal/execution/...", "./internal/engine/...", "./internal/store/...", "google.golang.org/grpc/..."},
 			why:   "the log keeps records, whatever they are of",

@@ -67,7 +67,7 @@ func TestCredentials(t *testing.T) {
 				header.Set("Host", c.host)
 			}
 			resp, text := r.do(http.MethodPost, c.path, header, strings.NewReader("12345"))
-			if resp.StatusCode != 200 || text != c.uri+" 5" {
+			if resp.StatusCode != http.StatusOK || text != c.uri+" 5" {
 				t.Errorf("%d %s", resp.StatusCode, text)
 			}
 			if a := got.Header.Get("Authorization"); a != c.authorization {

@@ -18,6 +18,7 @@ import (
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
+	"github.com/harvest-run/executord/internal/broker"
 	"github.com/harvest-run/executord/internal/diskspace"
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
@@ -26,6 +27,7 @@ import (
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/guestbinary"
 	"github.com/harvest-run/executord/internal/idempotency"
+	"github.com/harvest-run/executord/internal/secret"
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
 	"github.com/harvest-run/executord/internal/telemetry"
@@ -62,6 +64,10 @@ type Daemon struct {
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
 	network  *egress.Gateway
+	// broker adds credentials to requests of sandboxes; secrets are those that the operator
+	// named.
+	broker  *broker.Broker
+	secrets *secret.Source
 	// strays are sandboxes of an earlier time that nobody needs.
 	strays []string
 	// cutOff ends the streams that are open.
@@ -219,6 +225,10 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
 	d.network = network
+	if d.broker, d.secrets, err = c.openBroker(); err != nil {
+		return nil, nil, nil, err
+	}
+	d.opened.add("broker", d.broker.Close)
 	turns, err := c.openTurns(d, st)
 	if err != nil {
 		return nil, nil, nil, err
