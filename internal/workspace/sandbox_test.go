@@ -229,7 +229,7 @@ func TestMemoryInSandbox(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.must("/", `test -L `+memory.File+` && sed -i --follow-symlinks 's/"1"/"1","2"/' `+memory.File)
+	b.must("/", `test -L `+memory.Link+` && sed -i 's/"1"/"1","2"/' `+memory.File)
 	if did, err := m.Commit(t.Context()); err != nil || !did {
 		t.Errorf("%v, %v", did, err)
 	}
