@@ -488,6 +488,9 @@ func TestBadValues(t *testing.T) {
 		{"network.nameserver", "'[::1]'", "neither IP nor IP:PORT"},
 		{"broker.secrets", "ghp_hunter2", "does not match"},
 		{"broker.secrets", "github=vault:x", "does not match"},
+		{"sessions.author_name", "A <a@x>", "does not match"},
+		{"sessions.author_email", "a b", "does not match"},
+		{"sessions.model", "mistral/x", "does not match"},
 		{"broker.private_upstreams", "a.example:443", "does not match"},
 		{"admission.max_running", "0", "greater than or equal to 1"},
 		{"admission.max_running", "1000001", "less than or equal to 1000000"},
@@ -711,7 +714,8 @@ func TestFieldNames(t *testing.T) {
 		"local-blank-guests", "local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
 		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
-		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir",
+		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes",
+		"sessions-author-email", "sessions-author-name", "sessions-model", "state-dir",
 		"tls-cert-file", "tls-client-auth", "tls-client-ca-file", "tls-key-file"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("renaming a flag breaks people's scripts (-want +got):\n%s", diff)

@@ -26,7 +26,9 @@ func (p *Provisioner) Start(ctx context.Context, sb engine.Sandbox, start sessio
 	if err := writeKeys(ctx, guest, b); err != nil {
 		return nil, err
 	}
-	settings, err := options(made, b).JSON()
+	chosen := options(made, b)
+	chosen.Permission = permissions(start.Spec.Interactions)
+	settings, err := chosen.JSON()
 	if err != nil {
 		return nil, err
 	}
@@ -55,7 +57,7 @@ func (p *Provisioner) Start(ctx context.Context, sb engine.Sandbox, start sessio
 
 // conversation goes on with the one of the session, or begins it.
 func (p *Provisioner) conversation(ctx context.Context, server *opencode.Server, start session.AgentStart) (*opencode.Conversation, error) {
-	cfg := opencode.ConversationConfig{Directory: workspace.Root, System: start.Spec.Instructions, Permissions: rules(start.Spec.Interactions)}
+	cfg := opencode.ConversationConfig{Directory: workspace.Root, System: start.Spec.Instructions}
 	if r := start.Way.Repositories; len(r) > 0 {
 		cfg.Directory = workspace.Root + "/" + r[0].Directory
 	}
@@ -73,20 +75,20 @@ func (p *Provisioner) conversation(ctx context.Context, server *opencode.Server,
 	return c, nil
 }
 
-// rules are what OpenCode asks for. What becomes of it is the turns' affair.
-func rules(p session.InteractionPolicy) []opencode.Rule {
+// permissions are what OpenCode asks for, of sub-agents too; nil leaves all allowed and
+// questions impossible. What becomes of what is asked is the turns' affair.
+func permissions(p session.InteractionPolicy) map[string]string {
 	if p.Mode == "" || p.Mode == "ALLOW" {
-		return nil // the configuration's: all is allowed, there are no questions
+		return nil
 	}
 	question := "deny"
 	if p.Mode == "ASK" {
 		question = "allow"
 	}
-	all := []opencode.Rule{{Permission: "question", Pattern: "*", Action: question}}
-	for _, what := range []string{"bash", "edit", "external_directory", "webfetch", "doom_loop"} {
-		all = append(all, opencode.Rule{Permission: what, Pattern: "*", Action: "ask"})
+	return map[string]string{
+		"*": "allow", "question": question,
+		"bash": "ask", "edit": "ask", "external_directory": "ask", "webfetch": "ask", "doom_loop": "ask",
 	}
-	return all
 }
 
 // statusOf translates how an agent is; missing are the MCP servers that have no key.

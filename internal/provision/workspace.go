@@ -92,10 +92,13 @@ func (p *Provisioner) OpenMemory(ctx context.Context, sb engine.Sandbox) error {
 }
 
 // CommitMemory implements session.Workspace.
-func (p *Provisioner) CommitMemory(ctx context.Context, sb engine.Sandbox) error {
+func (p *Provisioner) CommitMemory(ctx context.Context, sb engine.Sandbox, last bool) error {
 	m, err := p.memoryOf(ctx, sb)
 	if err != nil {
 		return err
+	}
+	if last {
+		return m.Close(ctx)
 	}
 	_, err = m.Commit(ctx)
 	return err

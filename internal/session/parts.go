@@ -69,8 +69,9 @@ type Workspace interface {
 	MemoryVolume(r Repository) string
 	// OpenMemory makes the memory of a new sandbox ready; it is mounted.
 	OpenMemory(ctx context.Context, sb engine.Sandbox) error
-	// CommitMemory makes what the agent remembers lasting.
-	CommitMemory(ctx context.Context, sb engine.Sandbox) error
+	// CommitMemory makes what the agent remembers part of what all sessions remember; last
+	// says that the agent is not going to remember more.
+	CommitMemory(ctx context.Context, sb engine.Sandbox, last bool) error
 	// Save keeps what was neither committed nor pushed, under a ref of this name where there
 	// is a remote that can be written to. whole is false if the sandbox has more than was
 	// saved. A SavedWork without a Commit: there was nothing to save.

@@ -119,7 +119,7 @@ func (f workspace) OpenMemory(ctx context.Context, _ engine.Sandbox) error {
 	return f.do(ctx, "open memory")
 }
 
-func (f workspace) CommitMemory(ctx context.Context, _ engine.Sandbox) error {
+func (f workspace) CommitMemory(ctx context.Context, _ engine.Sandbox, _ bool) error {
 	return f.do(ctx, "commit memory")
 }
 
