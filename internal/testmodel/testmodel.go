@@ -190,7 +190,7 @@ func (s *Server) Requests(script string) []Request {
 }
 
 // mark is how a prompt names its script.
-var mark = regexp.MustCompile(`\[\[script:([A-Za-z0-9_-]+)\]\]`)
+func mark() *regexp.Regexp { return regexp.MustCompile(`\[\[script:([A-Za-z0-9_-]+)\]\]`) }
 
 // place finds the script of a conversation and how far it is.
 func place(messages []Message) (script string, step int) {
@@ -201,14 +201,14 @@ func place(messages []Message) (script string, step int) {
 		if m.Role != "user" {
 			continue
 		}
-		if found := mark.FindAllStringSubmatch(m.Text, -1); found != nil {
+		if found := mark().FindAllStringSubmatch(m.Text, -1); found != nil {
 			return found[len(found)-1][1], step
 		}
 	}
 	// Of a history that was made shorter only the summary is left.
 	step = 0
 	for _, m := range slices.Backward(messages) {
-		if found := mark.FindStringSubmatch(m.Text); found != nil {
+		if found := mark().FindStringSubmatch(m.Text); found != nil {
 			return found[1], step
 		}
 		if m.Role == "assistant" {
