@@ -35,6 +35,7 @@ func (l *loader) complete(in Input, env map[string]string) error {
 		l.check("local.uid_count", checkIDs(l.config.GetLocal()))
 		l.check("local.cgroup_parent", checkCgroup(l.config.GetLocal().GetCgroupParent()))
 		l.check("local.extra_paths", checkExtraPaths(l.config.GetLocal().GetExtraPaths()))
+		l.check("images.tools_dir", checkTools(l.config.GetImages().GetToolsDir()))
 		l.checkTLS()
 		l.checkAuth()
 	}
@@ -179,6 +180,13 @@ func checkExtraPaths(paths []string) error {
 		return fmt.Errorf("%q is not an absolute path of a directory below /, without \".\", \"..\" and double slashes", paths[i])
 	}
 	return nil
+}
+
+func checkTools(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	return checkExtraPaths([]string{dir})
 }
 
 func isCleanPath(path string) bool { return filepath.IsAbs(path) && filepath.Clean(path) == path }

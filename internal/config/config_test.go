@@ -116,7 +116,7 @@ func full() (map[string]string, *configv1.Config) {
 			"sessions.author_name": "Ann", "sessions.author_email": "ann@x", "sessions.model": "openai/gpt-x",
 			"broker.secrets": "github=env:GITHUB_TOKEN", "broker.private_upstreams": "10.0.0.1:443",
 			"images.debian_mirror": "http://mirror.example/d", "images.npm_registry": "https://npm.example", "images.allow": "10.0.0.1:8080",
-			"images.packages": "hello",
+			"images.packages": "hello", "images.tools_dir": "/opt/tools",
 		}, &configv1.Config{
 			Listen: "unix:/run/x.sock", StateDir: "/state", DrainTimeout: durationpb.New(90 * time.Second),
 			OnStop: configv1.OnStop_ON_STOP_TERMINATE,
@@ -141,7 +141,7 @@ func full() (map[string]string, *configv1.Config) {
 			Sessions:  &configv1.Sessions{AuthorName: "Ann", AuthorEmail: "ann@x", Model: "openai/gpt-x"},
 			Broker:    &configv1.Broker{Secrets: []string{"github=env:GITHUB_TOKEN"}, PrivateUpstreams: []string{"10.0.0.1:443"}},
 			Images: &configv1.Images{DebianMirror: "http://mirror.example/d", NpmRegistry: "https://npm.example",
-				Allow: []string{"10.0.0.1:8080"}, Packages: []string{"hello"}},
+				Allow: []string{"10.0.0.1:8080"}, Packages: []string{"hello"}, ToolsDir: "/opt/tools"},
 		}
 }
 

@@ -326,7 +326,7 @@ func localConfig(settings *configv1.Config, logger *slog.Logger) (local.Config, 
 			MemoryBytes: limits.GetMemoryBytes(), CPUMillis: limits.GetCpuMillis(), PIDs: limits.GetPids(),
 			DiskBytes: limits.GetDiskBytes(), OpenFiles: limits.GetOpenFiles(),
 		},
-		ExtraPaths: settings.GetLocal().GetExtraPaths(),
+		ExtraPaths: hostPaths(settings),
 		Blank:      int(settings.GetLocal().GetBlankGuests()),
 		Logger:     logger,
 	}, nil

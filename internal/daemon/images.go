@@ -7,9 +7,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/cpu"
 
+	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
@@ -49,6 +51,8 @@ type baseSource struct {
 	cfg base.Config
 	// status is where the host's dpkg says what is installed.
 	status string
+	// tools is where the host has what base installs; "" if it has not.
+	tools string
 }
 
 func (c Config) baseConfig() (*baseSource, error) {
@@ -61,12 +65,24 @@ func (c Config) baseConfig() (*baseSource, error) {
 		}
 		cfg.Allow = append(cfg.Allow, rule)
 	}
-	return &baseSource{cfg, "/var/lib/dpkg/status"}, nil
+	return &baseSource{cfg, "/var/lib/dpkg/status", settings.GetToolsDir()}, nil
+}
+
+// hostPaths are the directories of the host that sandboxes see beside /usr.
+func hostPaths(settings *configv1.Config) []string {
+	paths := settings.GetLocal().GetExtraPaths()
+	if dir := settings.GetImages().GetToolsDir(); dir != "" && !slices.Contains(paths, dir) {
+		paths = append(slices.Clone(paths), dir)
+	}
+	return paths
 }
 
 // recipe is asked for each use: the host may have got new software since the last, and
 // then the image has to be another.
 func (s *baseSource) recipe(engine string) (image.Recipe, error) {
+	if s.tools != "" && engine == localEngine {
+		return base.Linked(s.tools)
+	}
 	cfg := s.cfg
 	// Elsewhere the processor is not known.
 	cfg.NoAVX2 = engine != localEngine || !cpu.X86.HasAVX2

@@ -102,8 +102,8 @@ func Configure(ctx context.Context, r Runner, s Setup) error {
 		}
 		fmt.Fprintf(&script, " --replace-all %s %s\n", argument(setting[0]), argument(setting[1]))
 	}
-	for host, address := range s.Brokers { // ssh forms come to the same place
-		for _, form := range []string{"git@" + host + ":", "ssh://git@" + host + "/"} {
+	for host, address := range s.Brokers { // the other forms come to the same place
+		for _, form := range []string{"http://" + host + "/", "git@" + host + ":", "ssh://git@" + host + "/"} {
 			script.WriteString("git config")
 			for _, part := range scope {
 				script.WriteString(" " + argument(part))

@@ -7,11 +7,15 @@ package base
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -44,6 +48,8 @@ type Config struct {
 	// cache, and CACHE/apt, archives of packages. Then no network is used.
 	Cache string
 }
+
+var errOther = errors.New("the lock files differ")
 
 const (
 	defaultDebian = "http://deb.debian.org"
@@ -159,10 +165,13 @@ func encode(v any) ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// Linked is the recipe of an image like base for tests: what base installs lies in a
-// directory that the sandbox sees at the same path, and is linked instead. Prepared says
-// whether it is what base would install now.
+// Linked is the recipe of an image like base that fetches nothing: what base installs from
+// npm lies in a directory that the sandbox sees at the same path, and is linked instead; all
+// else is the host's. It is an error if what lies there is not what base would install now.
 func Linked(dir string) (image.Recipe, error) {
+	if got, err := os.ReadFile(filepath.Join(dir, "package-lock.json")); err != nil || !bytes.Equal(got, lock) {
+		return image.Recipe{}, fmt.Errorf("%s has not what the lock file of image %s asks for: install it there with npm ci: %w", dir, Name, cmp.Or(err, errOther))
+	}
 	settings, err := config.Options{}.Files()
 	if err != nil {
 		return image.Recipe{}, err

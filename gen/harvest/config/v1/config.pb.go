@@ -720,7 +720,13 @@ type Images struct {
 	// mirror that has a private address needs that address here. Default none.
 	Allow []string `protobuf:"bytes,3,rep,name=allow,proto3" json:"allow,omitempty"`
 	// Further packages of Debian's in the image base. Default none.
-	Packages      []string `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"`
+	Packages []string `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"`
+	// A directory of this host with the agent and its MCP servers as npm ci installs them
+	// from the package.json and package-lock.json of image base, for hosts without a
+	// registry: package-lock.json and node_modules. The local engine's image base links to it
+	// instead of fetching anything, and takes all else, such as Chromium, from the host;
+	// sandboxes see it read-only. It must stay as it is while it is configured. Default empty.
+	ToolsDir      string `protobuf:"bytes,5,opt,name=tools_dir,json=toolsDir,proto3" json:"tools_dir,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -781,6 +787,13 @@ func (x *Images) GetPackages() []string {
 		return x.Packages
 	}
 	return nil
+}
+
+func (x *Images) GetToolsDir() string {
+	if x != nil {
+		return x.ToolsDir
+	}
+	return ""
 }
 
 // Network says what sandboxes may reach over the network.
@@ -1894,7 +1907,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"^[^<>\\s]+$\x8a\xb5\x18F\n" +
 	"3address of who commits in sessions that name nobody\x12\x0fdev@example.comR\vauthorEmail\x12\x80\x01\n" +
 	"\x05model\x18\x03 \x01(\tBj\xbaH%r#(\xc8\x012\x1e^(anthropic|openai)/[^\\s{}/]+$\x8a\xb5\x18>\n" +
-	"\x1fmodel of agents, PROVIDER/MODEL\x12\x1banthropic/claude-sonnet-4-5R\x05model\"\xd5\x04\n" +
+	"\x1fmodel of agents, PROVIDER/MODEL\x12\x1banthropic/claude-sonnet-4-5R\x05model\"\xfb\x05\n" +
 	"\x06Images\x12\xb1\x01\n" +
 	"\rdebian_mirror\x18\x01 \x01(\tB\x8b\x01\xbaH\x19r\x17(\x80\b2\x12^https?://[^\\s@]+$\x8a\xb5\x18k\n" +
 	"Rmirror of Debian's packages for images, under which debian and debian-security are\x12\x15http://deb.debian.orgR\fdebianMirror\x12x\n" +
@@ -1903,7 +1916,9 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x05allow\x18\x03 \x03(\tBs\xbaH#\x92\x01 \x10@\x18\x01\"\x1ar\x182\x16^[a-z0-9.*:,/_\\[\\]-]+$\x8a\xb5\x18I\n" +
 	"Dfurther HOST[:PORT,...] that builds of images reach; may be repeated\x1a\x01 R\x05allow\x12\x90\x01\n" +
 	"\bpackages\x18\x04 \x03(\tBt\xbaH*\x92\x01'\x10\x80\x02\x18\x01\" r\x1e2\x1c^[a-z0-9][a-z0-9.+-]{1,127}$\x8a\xb5\x18C\n" +
-	">further package of Debian's in the image base; may be repeated\x1a\x01 R\bpackages\"\xe7\x05\n" +
+	">further package of Debian's in the image base; may be repeated\x1a\x01 R\bpackages\x12\xa3\x01\n" +
+	"\ttools_dir\x18\x05 \x01(\tB\x85\x01\xbaH\x05r\x03(\x80 \x8a\xb5\x18y\n" +
+	"wdirectory of this host with the agent as npm ci installs it, which images of the local engine link to; empty fetches itR\btoolsDir\"\xe7\x05\n" +
 	"\aNetwork\x12\x91\x01\n" +
 	"\fdefault_mode\x18\x01 \x01(\x0e2\x1f.harvest.config.v1.Network.ModeBM\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18?\n" +
 	"7network of a sandbox that is asked for without a policy\x12\x04noneR\vdefaultMode\x12x\n" +
