@@ -62,7 +62,6 @@ func newHouse(t *testing.T, flags ...string) *house {
 		"--broker-private-upstreams", strings.TrimPrefix(h.git.URL, "http://"),
 		"--broker-private-upstreams", hostOf(t, h.model.URL()),
 		"--broker-secrets", "git=file:" + secrets + "/git", "--broker-secrets", "model=file:" + secrets + "/model",
-		"--log-level", "debug",
 	}, flags...)...)
 	h.c = h.dial()
 	return h
@@ -92,6 +91,13 @@ func (h *house) request(repositories ...string) *executorv1.CreateSessionRequest
 		r.Repositories = append(r.Repositories, &executorv1.Repository{Url: url})
 	}
 	return r
+}
+
+// in is the house for a subtest.
+func (h *house) in(t *testing.T) *house {
+	c := *h
+	c.t = t
+	return &c
 }
 
 // session creates one and waits until it runs.
