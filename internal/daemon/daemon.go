@@ -19,13 +19,13 @@ import (
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/diskspace"
-	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local"
 	"github.com/harvest-run/executord/internal/engine/pool"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/guestbinary"
 	"github.com/harvest-run/executord/internal/idempotency"
+	"github.com/harvest-run/executord/internal/image"
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
 	"github.com/harvest-run/executord/internal/telemetry"
@@ -61,7 +61,7 @@ type Daemon struct {
 	// requests are the requests that are remembered, for a time.
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
-	network  *egress.Gateway
+	images   *image.Service
 	// strays are sandboxes of an earlier time that nobody needs.
 	strays []string
 	// cutOff ends the streams that are open.
@@ -165,10 +165,6 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
-	imageService, err := c.openImages(ctx, d, st)
-	if err != nil {
-		return nil, err
-	}
 	if d.strays, err = findStrays(ctx, d.engine, st); err != nil {
 		return nil, err
 	}
@@ -187,7 +183,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	d.cutOff = cutOff
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
 	server, err := api.NewServer(shutdown, api.Config{
-		Executions: watchable{executionService}, Sessions: watchableSessions{sessionService}, Turns: watchableTurns{turns}, Images: watchableImages{imageService}, Info: d.info,
+		Executions: watchable{executionService}, Sessions: watchableSessions{sessionService}, Turns: watchableTurns{turns}, Images: watchableImages{d.images}, Info: d.info,
 		Keys: who.keys, Auth: who.authenticator, Certificates: who.certificates,
 		Logger: c.Logger, PageTokenKey: pageTokenKey, RequestIDKey: requestIDKey,
 		Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
@@ -218,7 +214,10 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	}
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
-	d.network = network
+	// Before the sessions, which need images.
+	if d.images, err = c.openImages(ctx, d, st, network); err != nil {
+		return nil, nil, nil, err
+	}
 	turns, err := c.openTurns(d, st)
 	if err != nil {
 		return nil, nil, nil, err

@@ -23,13 +23,13 @@ import (
 const localEngine = "local"
 
 // openImages makes the image service and lets it recover.
-func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store) (*image.Service, error) {
+func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store, network *egress.Gateway) (*image.Service, error) {
 	source, err := c.baseConfig()
 	if err != nil {
 		return nil, err
 	}
 	images, err := image.New(image.Config{
-		Engines: []engine.Engine{d.engine}, Network: d.network, Store: st,
+		Engines: []engine.Engine{d.engine}, Network: network, Store: st,
 		Recipes:   map[string]func(string) (image.Recipe, error){base.Name: source.recipe},
 		Dir:       filepath.Join(c.Settings.GetStateDir(), "builds"),
 		CheckRoom: d.disk.Check, Logger: c.Logger,
