@@ -146,7 +146,7 @@ func seeds() map[string]string {
 	}
 }
 
-// Script, for /bin/sh, completes Dir when its files are written: the empty directory,
+// Script completes Dir, by /bin/sh, when its files are written: the empty directory,
 // and the link at which OpenCode finds them, in place of what OpenCode makes there by
 // itself.
 func Script() string {
