@@ -28,10 +28,11 @@ const (
 	Node     = Tools + "/bin/node"
 	// Workspace holds the repositories.
 	Workspace = "/workspace"
-	// MemoryDir is where a repository's memory is mounted, MemoryFile what the memory
-	// server keeps in it, MemorySeed what it is seeded from.
+	// MemoryDir is where a repository's memory is mounted. MemoryFile is what the memory
+	// server writes; its directory becomes a link to the session's own in MemoryDir.
+	// MemorySeed is what a memory is seeded from.
 	MemoryDir  = "/root/.mcp-memory"
-	MemoryFile = MemoryDir + "/memory.jsonl"
+	MemoryFile = "/root/.harvest/memory/memory.jsonl"
 	MemorySeed = Dir + "/memory-seed.json"
 )
 
@@ -151,7 +152,7 @@ func seeds() map[string]string {
 // itself.
 func Script() string {
 	return `set -eu
-mkdir -p ` + Dir + `/node_modules ` + Workspace + ` ` + path.Dir(HomeLink) + ` ` + MemoryDir + `
+mkdir -p ` + Dir + `/node_modules ` + Workspace + ` ` + path.Dir(HomeLink) + ` ` + MemoryDir + ` ` + path.Dir(MemoryFile) + `
 chmod 755 ` + Dir + `
 if [ -d ` + HomeLink + ` ] && [ ! -L ` + HomeLink + ` ]; then rm -rf ` + HomeLink + `; fi
 ln -sfn ` + Dir + ` ` + HomeLink + `
