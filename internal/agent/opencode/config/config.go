@@ -158,19 +158,3 @@ if [ -d ` + HomeLink + ` ] && [ ! -L ` + HomeLink + ` ]; then rm -rf ` + HomeLin
 ln -sfn ` + Dir + ` ` + HomeLink + `
 `
 }
-
-// Environment are the variables, NAME=value, that keep OpenCode's server from reaching
-// for the network when it starts and from trusting what lies in a repository. Its
-// password is not among them.
-func Environment() []string {
-	return []string{
-		"OPENCODE_CONFIG=" + Dir + "/opencode.json",
-		// A catalogue of models is built in.
-		"OPENCODE_DISABLE_MODELS_FETCH=1",
-		"OPENCODE_DISABLE_AUTOUPDATE=1",
-		"OPENCODE_DISABLE_DEFAULT_PLUGINS=1",
-		"OPENCODE_DISABLE_LSP_DOWNLOAD=1",
-		// A repository's own configuration can name commands, which OpenCode would run.
-		"OPENCODE_DISABLE_PROJECT_CONFIG=1",
-	}
-}
