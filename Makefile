@@ -55,6 +55,10 @@ generate: ## generate gen/ from proto/
 check-generate: ## fail if gen/ is not what proto/ generates
 	scripts/check-generate $(BUF)
 
+.PHONY: test-registries
+test-registries: ## build the image base from Debian and npm, which downloads some 400 MB
+	go test -count=1 -timeout 30m -v -tags registries -run TestFromRegistries ./internal/image/base
+
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (30s) each
 	scripts/fuzz $(or $(FUZZTIME),30s)

@@ -140,6 +140,21 @@ func rules() []rule {
 			why:   "what runs inside a sandbox is given no credentials, so it must not be able to come by one",
 		},
 		{
+			of:    []string{"./internal/image/..."},
+			never: []string{"./gen/harvest/executor/...", "google.golang.org/grpc/...", "./internal/engine/local/...", "./internal/api/...", "./internal/store/...", "./internal/session/...", "./internal/execution/..."},
+			why:   "an image is made on any engine, whoever needs it and however that is asked for",
+		},
+		{
+			of:   []string{"./internal/guestfiles"},
+			ours: []string{"./internal/guestclient", "./internal/guest/wire", "./gen/harvest/guest/..."},
+			why:  "it needs a guest and nothing else",
+		},
+		{
+			of:   []string{"./internal/agent/opencode/config"},
+			ours: []string{"./internal/guestfiles", "./internal/guestclient", "./internal/guest/wire", "./gen/harvest/guest/..."},
+			why:  "it makes files, wherever they go",
+		},
+		{
 			of:    []string{"./internal/eventlog/..."},
 			never: []string{"./internal/execution/...", "./internal/engine/...", "./internal/store/...", "google.golang.org/grpc/..."},
 			why:   "the log keeps records, whatever they are of",

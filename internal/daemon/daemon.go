@@ -20,7 +20,6 @@ import (
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/broker"
 	"github.com/harvest-run/executord/internal/diskspace"
-	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local"
 	"github.com/harvest-run/executord/internal/engine/pool"
@@ -64,7 +63,6 @@ type Daemon struct {
 	// requests are the requests that are remembered, for a time.
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
-	network  *egress.Gateway
 	// broker adds credentials to requests of sandboxes; secrets are those that the operator
 	// named.
 	broker  *broker.Broker
@@ -229,7 +227,6 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	}
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
-	d.network = network
 	turns, err := c.openTurns(d, st)
 	if err != nil {
 		return services{}, err
@@ -238,7 +235,7 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		return services{}, err
 	}
 	d.opened.add("broker", d.broker.Close)
-	images, err := c.openImages(ctx, d, st)
+	images, err := c.openImages(ctx, d, st, network)
 	if err != nil {
 		return services{}, err
 	}

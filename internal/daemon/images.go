@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/cpu"
 
@@ -23,13 +24,13 @@ import (
 const localEngine = "local"
 
 // openImages makes the image service and lets it recover.
-func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store) (*image.Service, error) {
+func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store, network *egress.Gateway) (*image.Service, error) {
 	source, err := c.baseConfig()
 	if err != nil {
 		return nil, err
 	}
 	images, err := image.New(image.Config{
-		Engines: []engine.Engine{d.engine}, Network: d.network, Store: st,
+		Engines: []engine.Engine{d.engine}, Network: network, Store: st,
 		Recipes:   map[string]func(string) (image.Recipe, error){base.Name: source.recipe},
 		Dir:       filepath.Join(c.Settings.GetStateDir(), "builds"),
 		CheckRoom: d.disk.Check, Logger: c.Logger,
@@ -49,6 +50,8 @@ type baseSource struct {
 	cfg base.Config
 	// status is where the host's dpkg says what is installed.
 	status string
+	// extra are further directories of the host that local sandboxes see.
+	extra []string
 }
 
 func (c Config) baseConfig() (*baseSource, error) {
@@ -61,7 +64,7 @@ func (c Config) baseConfig() (*baseSource, error) {
 		}
 		cfg.Allow = append(cfg.Allow, rule)
 	}
-	return &baseSource{cfg, "/var/lib/dpkg/status"}, nil
+	return &baseSource{cfg, "/var/lib/dpkg/status", c.Settings.GetLocal().GetExtraPaths()}, nil
 }
 
 // recipe is asked for each use: the host may have got new software since the last, and
@@ -76,6 +79,8 @@ func (s *baseSource) recipe(engine string) (image.Recipe, error) {
 			return image.Recipe{}, fmt.Errorf("read what is installed on the host: %w", err)
 		}
 		cfg.DpkgStatus = status
+		// An image has layers for each of them.
+		cfg.Key = strings.Join(s.extra, ":")
 	}
 	return base.Recipe(cfg)
 }

@@ -30,6 +30,8 @@ type Config struct {
 	// DpkgStatus is the host's /var/lib/dpkg/status, for an engine whose sandboxes see the
 	// host's /usr: apt must know what is there. Empty where a sandbox has its own.
 	DpkgStatus []byte
+	// Key stands for what sandboxes see of the host beside that: another Key is another image.
+	Key string
 	// NoAVX2 takes the OpenCode for processors without AVX2.
 	NoAVX2 bool
 	// DebianMirror and NpmRegistry are URLs; "" for the projects' own.
@@ -86,7 +88,7 @@ func Recipe(cfg Config) (image.Recipe, error) {
 	if cfg.Cache == "" {
 		r.Network = egress.Policy{Mode: engine.NetworkEgress, Rules: append(rules(cfg), cfg.Allow...)}
 	}
-	packages := image.Step{Name: "system packages", Script: packagesScript, Env: env, Timeout: 30 * time.Minute}
+	packages := image.Step{Name: "system packages", Script: packagesScript, Env: env, Timeout: 30 * time.Minute, Key: cfg.Key}
 	if len(cfg.DpkgStatus) > 0 {
 		packages.Files = []guestfiles.File{{Path: "/var/lib/dpkg/status", Data: cfg.DpkgStatus}}
 	}
