@@ -12,8 +12,9 @@ import (
 // What an agent tells is bounded before it is kept: an event fits into a message of the
 // API whatever the agent says.
 const (
-	// maxDelta is the most text of one event; more becomes several.
-	maxDelta = 64 << 10
+	// maxDelta is the most text of one event; more becomes several. With it a message takes
+	// the small ones of grpc-go's buffers.
+	maxDelta = 24 << 10
 	// maxWhole bounds the whole text of a part, maxLast that of a turn's last one.
 	maxWhole = 1 << 20
 	maxLast  = 512 << 10
