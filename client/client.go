@@ -87,6 +87,7 @@ type Client struct {
 	cfg      Config
 	executor executorv1.ExecutorServiceClient
 	sessions executorv1.SessionServiceClient
+	images   executorv1.ImageServiceClient
 	admin    executorv1.AdminServiceClient
 	auth     executorv1.AuthServiceClient
 }
@@ -142,6 +143,7 @@ func Dial(cfg Config) (*Client, error) {
 		cfg:      cfg,
 		executor: executorv1.NewExecutorServiceClient(conn),
 		sessions: executorv1.NewSessionServiceClient(conn),
+		images:   executorv1.NewImageServiceClient(conn),
 		admin:    executorv1.NewAdminServiceClient(conn),
 		auth:     executorv1.NewAuthServiceClient(conn),
 	}, nil
@@ -155,6 +157,9 @@ func (c *Client) Executor() executorv1.ExecutorServiceClient { return c.executor
 
 // Sessions is the generated stub of SessionService.
 func (c *Client) Sessions() executorv1.SessionServiceClient { return c.sessions }
+
+// Images is the generated stub of ImageService.
+func (c *Client) Images() executorv1.ImageServiceClient { return c.images }
 
 // Admin is the generated stub of AdminService.
 func (c *Client) Admin() executorv1.AdminServiceClient { return c.admin }
@@ -230,7 +235,7 @@ func serviceConfig() (string, error) {
 	var reads []method
 	for _, service := range []grpc.ServiceDesc{
 		executorv1.ExecutorService_ServiceDesc, executorv1.SessionService_ServiceDesc, executorv1.AdminService_ServiceDesc,
-		executorv1.AuthService_ServiceDesc,
+		executorv1.AuthService_ServiceDesc, executorv1.ImageService_ServiceDesc,
 	} {
 		for _, m := range service.Methods {
 			if strings.HasPrefix(m.MethodName, "Get") || strings.HasPrefix(m.MethodName, "List") {

@@ -73,6 +73,19 @@ func (c *Client) TerminateSession(ctx context.Context, request *executorv1.Termi
 	return answer.GetSession(), nil
 }
 
+// DeleteImage removes an image with all its builds. It repeats the request as Start does.
+func (c *Client) DeleteImage(ctx context.Context, request *executorv1.DeleteImageRequest) error {
+	request = identified(request)
+	err := c.mutate(ctx, request.GetName(), func(option grpc.CallOption) error {
+		_, err := c.images.DeleteImage(ctx, request, option)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("delete %s: %w", request.GetName(), err)
+	}
+	return nil
+}
+
 // identifiable is a request with a request_id.
 type identifiable interface {
 	proto.Message

@@ -39,6 +39,7 @@ var errClosed = errors.New("the server is closed")
 type Server struct {
 	executorv1.UnimplementedExecutorServiceServer
 	executorv1.UnimplementedSessionServiceServer
+	executorv1.UnimplementedImageServiceServer
 	executorv1.UnimplementedAdminServiceServer
 	executorv1.UnimplementedAuthServiceServer
 
@@ -51,6 +52,7 @@ type Server struct {
 	serving    *sync.WaitGroup
 	executions []*execution // the oldest first
 	sessions   []*session
+	built      []string // images, by their resource names
 	info       *executorv1.GetServerInfoResponse
 	calls      map[string][]proto.Message
 	hook, lose func(method string, nth int) error
@@ -130,6 +132,7 @@ func (s *Server) Serve(listener net.Listener, address string) {
 	s.grpc = grpc.NewServer(options...)
 	executorv1.RegisterExecutorServiceServer(s.grpc, s)
 	executorv1.RegisterSessionServiceServer(s.grpc, s)
+	executorv1.RegisterImageServiceServer(s.grpc, s)
 	executorv1.RegisterAdminServiceServer(s.grpc, s)
 	executorv1.RegisterAuthServiceServer(s.grpc, s)
 	server, serving := s.grpc, new(sync.WaitGroup)

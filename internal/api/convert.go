@@ -233,40 +233,6 @@ func heartbeatProto(cursor execution.Cursor, last time.Time) *executorv1.Event {
 	}
 }
 
-func sessionProto(s session.Session) *executorv1.Session {
-	return &executorv1.Session{
-		Name:       sessionName(s.ID),
-		State:      sessionStateProto(s.State),
-		EndReason:  endReasonProto(s.Reason),
-		Detail:     text(s.Detail),
-		Engine:     s.Engine,
-		Sandbox:    s.Sandbox,
-		Limits:     limitsProto(s.Limits),
-		Network:    networkProto(s.Network),
-		Lifetime:   durationpb.New(s.Lifetime),
-		CreateTime: timestamp(s.CreateTime),
-		ExpireTime: timestamp(s.ExpireTime()),
-		EndTime:    timestamp(s.EndTime),
-		Labels:     s.Labels,
-		Owner:      s.Owner,
-	}
-}
-
-func sessionStateProto(s session.State) executorv1.Session_State {
-	switch s {
-	case session.Starting:
-		return executorv1.Session_STATE_STARTING
-	case session.Running:
-		return executorv1.Session_STATE_RUNNING
-	case session.Terminating:
-		return executorv1.Session_STATE_TERMINATING
-	case session.Terminated:
-		return executorv1.Session_STATE_TERMINATED
-	default:
-		return executorv1.Session_STATE_UNSPECIFIED
-	}
-}
-
 // timestamp converts a time; the zero time is an absent one.
 func timestamp(t time.Time) *timestamppb.Timestamp {
 	if t.IsZero() {

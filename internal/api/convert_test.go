@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/agent"
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/execution"
@@ -33,9 +34,9 @@ func TestEnums(t *testing.T) {
 		execution.Success, execution.Failure, execution.Timeout, execution.Crashed, execution.CancelledByAny,
 	}
 	states := []execution.State{execution.Starting, execution.Running, execution.Stopping, execution.Ended}
-	sessionStates := []session.State{session.Starting, session.Running, session.Terminating, session.Terminated}
+	sessionStates := []session.State{session.Starting, session.Running, session.Terminating, session.Terminated, session.Pausing, session.Paused, session.Resuming}
 	endReasons := []session.EndReason{
-		session.Requested, session.Expired, session.StartFailed, session.SandboxLost, session.ServerStopped,
+		session.Requested, session.Expired, session.StartFailed, session.SandboxLost, session.ServerStopped, session.Idle,
 	}
 	gaps := []execution.GapReason{execution.GapRetention, execution.GapEpochChanged, execution.GapDamaged}
 	streams := []string{"stdout", "stderr"}
@@ -51,7 +52,7 @@ func TestEnums(t *testing.T) {
 		walk(t, states, stateProto, func(s execution.State) string { return names[s] })
 	})
 	t.Run("Session_State", func(t *testing.T) {
-		names := map[session.State]string{1: "STATE_STARTING", 2: "STATE_RUNNING", 3: "STATE_TERMINATING", 4: "STATE_TERMINATED"}
+		names := map[session.State]string{1: "STATE_STARTING", 2: "STATE_RUNNING", 3: "STATE_TERMINATING", 4: "STATE_TERMINATED", 5: "STATE_PAUSING", 6: "STATE_PAUSED", 7: "STATE_RESUMING"}
 		walk(t, sessionStates, sessionStateProto, func(s session.State) string { return names[s] })
 	})
 	t.Run("Session_EndReason", func(t *testing.T) {
@@ -192,15 +193,23 @@ func TestNoFieldForgotten(t *testing.T) {
 		Usage:  execution.Usage{CPUUser: 1, CPUSystem: 1, PeakMemoryBytes: 1},
 		Reaped: 1, TreeEmpty: true, Killed: true, Evidence: map[string]string{"k": "v"},
 	}
-	messages := []proto.Message{
-		resultProto(result),
-		sessionProto(session.Session{
-			ID: "s", State: session.Terminated, Reason: session.Expired, Detail: "d", Engine: "local", Sandbox: "b",
-			Limits:   engine.Limits{MemoryBytes: 1, CPUMillis: 1, PIDs: 1, DiskBytes: 1, OpenFiles: 1},
-			Network:  egress.Policy{Mode: engine.NetworkEgress, Rules: []egress.Rule{{Host: "a", Ports: []uint16{1}}}},
-			Lifetime: 1, Labels: map[string]string{"a": "b"}, Owner: "key:ci", CreateTime: at(1), EndTime: at(1),
-		}),
+	everything := session.Session{
+		ID: "s", State: session.Terminated, Reason: session.Expired, Detail: "d", Engine: "local", Sandbox: "b",
+		Limits:   engine.Limits{MemoryBytes: 1, CPUMillis: 1, PIDs: 1, DiskBytes: 1, OpenFiles: 1},
+		Network:  egress.Policy{Mode: engine.NetworkEgress, Rules: []egress.Rule{{Host: "a", Ports: []uint16{1}}}},
+		Lifetime: 1, Labels: map[string]string{"a": "b"}, Owner: "key:ci", CreateTime: at(1), EndTime: at(1),
+		Details: session.Details{
+			Agent: &session.AgentSpec{Kind: "opencode", Model: session.Model{Provider: "p", Model: "m", BaseURL: "u"}}, Generation: 2, Image: "i", ForkedFrom: "f",
+			Checkouts: []session.Checkout{{Path: "p"}}, Saved: []session.SavedWork{{Path: "p"}}, IdleTimeout: 1, Identity: session.Identity{Name: "n", Email: "e"},
+			SandboxDeadline: at(1), Status: session.AgentStatus{State: session.AgentReady, Version: "v", Detail: "d", MCP: []session.MCPServer{{Name: "m", State: "FAILED", Detail: "d"}}},
+		},
 	}
+	full := sessionProto(everything)
+	turns := &fakeTurns{running: "t", used: agent.Usage{InputTokens: 1, OutputTokens: 1, ReasoningTokens: 1, CacheReadTokens: 1, CacheWriteTokens: 1, CostMicros: 1}}
+	if err := (&sessionService{turns: turns}).withTurns(t.Context(), everything, full); err != nil {
+		t.Fatal(err)
+	}
+	messages := []proto.Message{resultProto(result), full}
 	var check func(message protoreflect.Message)
 	check = func(message protoreflect.Message) {
 		fields := message.Descriptor().Fields()

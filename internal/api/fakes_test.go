@@ -13,12 +13,14 @@ import (
 	"time"
 
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
+	"github.com/harvest-run/executord/internal/agent"
 	"github.com/harvest-run/executord/internal/auth"
 	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
+	"github.com/harvest-run/executord/internal/journal"
 	"github.com/harvest-run/executord/internal/session"
 	"go.uber.org/goleak"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -403,6 +405,9 @@ type fakeSessions struct {
 	short int
 	// started lets WaitStarted return.
 	started chan struct{}
+	// events are what WatchSession tells.
+	events  []session.Event
+	updates []session.Update
 	err     error
 }
 
@@ -489,6 +494,91 @@ func (f *fakeSessions) Terminate(ctx context.Context, ref session.Ref, requester
 	return s, nil
 }
 
+// change answers for the RPCs that change a session.
+func (f *fakeSessions) change(ctx context.Context, ref session.Ref, key idempotency.Key, do func(*session.Session)) (session.Session, error) {
+	s, err := f.Get(ctx, ref)
+	if err != nil {
+		return session.Session{}, err
+	}
+	do(&s)
+	f.put(s)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.keys = append(f.keys, key)
+	return s, nil
+}
+
+func (f *fakeSessions) Update(ctx context.Context, ref session.Ref, u session.Update) (session.Session, error) {
+	return f.change(ctx, ref, u.Key, func(s *session.Session) {
+		f.mu.Lock()
+		f.updates = append(f.updates, u)
+		f.mu.Unlock()
+		if u.Labels != nil {
+			s.Labels = *u.Labels
+		}
+	})
+}
+
+func (f *fakeSessions) Pause(ctx context.Context, ref session.Ref, key idempotency.Key) (session.Session, error) {
+	return f.change(ctx, ref, key, func(s *session.Session) { s.State = session.Paused })
+}
+
+func (f *fakeSessions) Resume(ctx context.Context, ref session.Ref, r session.Resumption) (session.Session, error) {
+	return f.change(ctx, ref, r.Key, func(s *session.Session) { s.State = session.Resuming })
+}
+
+func (f *fakeSessions) Fork(ctx context.Context, ref session.Ref, r session.Request) (session.Session, error) {
+	if _, err := f.Get(ctx, ref); err != nil {
+		return session.Session{}, err
+	}
+	s, err := f.Create(ctx, r)
+	s.Details.ForkedFrom = ref.ID
+	return s, err
+}
+
+func (f *fakeSessions) Diff(ctx context.Context, ref session.Ref) ([]session.RepositoryDiff, error) {
+	if _, err := f.Get(ctx, ref); err != nil {
+		return nil, err
+	}
+	return []session.RepositoryDiff{{Path: "/workspace/a", Branch: "main", Unpushed: 2, Files: []agent.FileDiff{{Path: "x", Change: agent.FileAdded, Patch: "+x"}}}}, nil
+}
+
+// WatchSession tells events, and then the end or nothing more.
+func (f *fakeSessions) WatchSession(ctx context.Context, ref session.Ref, after *journal.Cursor) (SessionWatcher, error) {
+	if _, err := f.Get(ctx, ref); err != nil {
+		return nil, err
+	}
+	w := &fakeSessionWatcher{events: f.events, at: journal.Cursor{Epoch: "e"}}
+	if after != nil {
+		w.at = *after
+	}
+	return w, nil
+}
+
+type fakeSessionWatcher struct {
+	events []session.Event
+	at     journal.Cursor
+}
+
+func (w *fakeSessionWatcher) Next(ctx context.Context) (session.Event, error) {
+	n := int(w.at.Sequence)
+	if n < len(w.events) {
+		w.at.Sequence++
+		e := w.events[n]
+		e.Cursor, e.Time = w.at, time.Unix(int64(n), 0)
+		return e, nil
+	}
+	if n > 0 && w.events[n-1].Ended != nil {
+		return session.Event{}, io.EOF
+	}
+	<-ctx.Done()
+	return session.Event{}, context.Cause(ctx)
+}
+
+func (w *fakeSessionWatcher) Cursor() journal.Cursor   { return w.at }
+func (w *fakeSessionWatcher) LastEventTime() time.Time { return time.Unix(9, 0) }
+func (w *fakeSessionWatcher) Close()                   {}
+
 // fakeInfo tells a fixed ServerInfo.
 type fakeInfo struct {
 	info ServerInfo
@@ -503,6 +593,7 @@ type bench struct {
 	executions *fakeExecutions
 	sessions   *fakeSessions
 	turns      *fakeTurns
+	images     *fakeImages
 	info       *fakeInfo
 	keys       *auth.Keys
 	keyStore   *memoryKeys
@@ -523,6 +614,7 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 	b := &bench{
 		executions: &fakeExecutions{},
 		sessions:   &fakeSessions{started: make(chan struct{})},
+		images:     newFakeImages(t),
 		info:       &fakeInfo{},
 		keyStore:   &memoryKeys{},
 		logs:       &syncBuffer{},
@@ -534,7 +626,7 @@ func newBench(t *testing.T, change ...func(*Config)) *bench {
 	}
 	b.keys = keys
 	cfg := Config{
-		Executions: b.executions, Sessions: b.sessions, Turns: b.turns, Info: b.info, Keys: keys, Reflection: true,
+		Executions: b.executions, Sessions: b.sessions, Turns: b.turns, Images: b.images, Info: b.info, Keys: keys, Reflection: true,
 		Logger: slog.New(slog.NewTextHandler(b.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, f := range change {

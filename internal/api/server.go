@@ -43,6 +43,7 @@ type Config struct {
 	Executions Executions
 	Sessions   Sessions
 	Turns      Turns
+	Images     Images
 	Info       Info
 	Keys       Keys
 	// Auth finds out who is calling; nil asks nobody, and everybody may do everything.
@@ -155,6 +156,7 @@ func NewServer(shutdown context.Context, cfg Config) (*Server, error) {
 	executorv1.RegisterSessionServiceServer(services, &sessionService{
 		sessions: cfg.Sessions, turns: cfg.Turns, tokens: tokens, keys: keys, senders: s.senders,
 	})
+	executorv1.RegisterImageServiceServer(services, &imageService{images: cfg.Images, tokens: tokens, keys: keys, senders: s.senders})
 	executorv1.RegisterAdminServiceServer(services, &adminService{info: cfg.Info})
 	executorv1.RegisterAuthServiceServer(services, &authService{keys: cfg.Keys, tokens: tokens})
 	healthpb.RegisterHealthServer(server, s.health)
@@ -188,6 +190,7 @@ func (s *Server) SetServing(serving bool) {
 	for _, name := range []string{
 		executorv1.ExecutorService_ServiceDesc.ServiceName,
 		executorv1.SessionService_ServiceDesc.ServiceName,
+		executorv1.ImageService_ServiceDesc.ServiceName,
 		executorv1.AdminService_ServiceDesc.ServiceName,
 		executorv1.AuthService_ServiceDesc.ServiceName,
 	} {

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/dynamicpb"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/fieldmaskpb"
 )
 
 // call calls any RPC with any request and returns its error; the responses are read to
@@ -116,6 +117,7 @@ func TestEveryRPCPassesFaultsOn(t *testing.T) {
 	b.sessions.err = refusal
 	b.turns.err = refusal
 	b.info.err = refusal
+	b.images.err = refusal
 	key, _, err := b.keys.Create(t.Context(), auth.NewKey{Name: "ann", Role: auth.User})
 	if err != nil {
 		t.Fatal(err)
@@ -154,9 +156,22 @@ func TestEveryRPCPassesFaultsOn(t *testing.T) {
 		"ResolveInteraction": &executorv1.ResolveInteractionRequest{
 			Name: session + "/interactions/i1", Resolution: &executorv1.Resolution{Decision: executorv1.Resolution_DECISION_REJECT},
 		},
+		"UpdateSession": &executorv1.UpdateSessionRequest{
+			Session: &executorv1.Session{Name: session}, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"labels"}},
+		},
+		"WatchSession":  &executorv1.WatchSessionRequest{Name: session},
+		"PauseSession":  &executorv1.PauseSessionRequest{Name: session},
+		"ResumeSession": &executorv1.ResumeSessionRequest{Name: session},
+		"ForkSession":   &executorv1.ForkSessionRequest{Name: session},
+		"GetDiff":       &executorv1.GetDiffRequest{Name: session},
 		"GetServerInfo": &executorv1.GetServerInfoRequest{},
 		"CreateApiKey":  &executorv1.CreateApiKeyRequest{DisplayName: "ann", Role: executorv1.Role_ROLE_USER},
 		"RevokeApiKey":  &executorv1.RevokeApiKeyRequest{Name: "apiKeys/" + key.ID},
+		"BuildImage":    &executorv1.BuildImageRequest{Name: "images/base"},
+		"WatchBuild":    &executorv1.WatchBuildRequest{Name: "images/base/builds/b1"},
+		"GetImage":      &executorv1.GetImageRequest{Name: "images/base"},
+		"ListImages":    &executorv1.ListImagesRequest{},
+		"DeleteImage":   &executorv1.DeleteImageRequest{Name: "images/base"},
 	}
 	conn := b.dial()
 	for _, method := range methods() {

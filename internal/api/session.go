@@ -24,6 +24,7 @@ type Sessions interface {
 	// Terminate ends one and returns it when its sandbox is gone. When ctx ends first
 	// the ending goes on.
 	Terminate(ctx context.Context, ref session.Ref, requester string, key idempotency.Key) (session.Session, error)
+	SessionLives
 }
 
 // sessionService implements the SessionService: its turns in turn.go, interactions in
@@ -47,9 +48,24 @@ func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.Crea
 	if err != nil {
 		return nil, err
 	}
+	idle, err := duration("idle_timeout", req.GetIdleTimeout())
+	if err != nil {
+		return nil, err
+	}
+	agent, err := agentOf(req.GetAgent())
+	if err != nil {
+		return nil, err
+	}
+	if err := checkCredentials(req.GetCredentials()); err != nil {
+		return nil, err
+	}
 	created, err := s.sessions.Create(ctx, session.Request{
 		Caller: callerOf(ctx), Limits: limitsOf(req.GetLimits()), Network: networkOf(req.GetNetwork()),
 		Lifetime: lifetime, Labels: req.GetLabels(), Key: key,
+		Repositories: repositoriesOf(req.GetRepositories()), Agent: agent, Image: req.GetImage(),
+		Identity: session.Identity{Name: req.GetIdentity().GetName(), Email: req.GetIdentity().GetEmail()},
+		Values:   req.GetCredentials().GetValues(), Secrets: req.GetCredentials().GetSecrets(), Auth: req.GetCredentials().GetOpencodeAuth(),
+		IdleTimeout: idle, IdleAction: idleActionOf(req.GetIdleAction()),
 	})
 	if err != nil {
 		return nil, err
@@ -85,6 +101,9 @@ func (s *sessionService) GetSession(ctx context.Context, req *executorv1.GetSess
 		return nil, err
 	}
 	answer := sessionProto(found)
+	if err := s.withTurns(ctx, found, answer); err != nil {
+		return nil, err
+	}
 	mask.apply(answer)
 	return &executorv1.GetSessionResponse{Session: answer}, nil
 }

@@ -32,6 +32,10 @@ type Turns interface {
 	Cancel(ctx context.Context, ref turn.Ref, c turn.Cancellation) (turn.Turn, error)
 	// Messages reads what was said with the agent, behind the message with the id after.
 	Messages(ctx context.Context, session string, by caller.Caller, after string, limit int) ([]agent.Message, error)
+	// Running is the id of the turn of a session that runs; "" if none does.
+	Running(session string) string
+	// Usage is what the turns of a session have used so far.
+	Usage(ctx context.Context, session string) (agent.Usage, error)
 	// ListInteractions reads a page.
 	ListInteractions(ctx context.Context, q turn.InteractionQuery) ([]turn.Interaction, error)
 	// Resolve answers one.

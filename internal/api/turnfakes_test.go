@@ -19,6 +19,8 @@ import (
 
 // fakeTurns keeps turns in memory; tests write their journals.
 type fakeTurns struct {
+	running  string
+	used     agent.Usage
 	sessions *fakeSessions
 
 	mu           sync.Mutex
@@ -112,6 +114,10 @@ func (f *fakeTurns) Send(_ context.Context, r turn.Request) (turn.Turn, error) {
 	record, _, _ := one.read(0)
 	return record, nil
 }
+
+func (f *fakeTurns) Running(string) string { return f.running }
+
+func (f *fakeTurns) Usage(context.Context, string) (agent.Usage, error) { return f.used, f.err }
 
 func (f *fakeTurns) Get(_ context.Context, ref turn.Ref) (turn.Turn, error) {
 	one, err := f.find(ref)

@@ -50,6 +50,7 @@ func serviceDescriptors() []protoreflect.ServiceDescriptor {
 	return []protoreflect.ServiceDescriptor{
 		executorv1.File_harvest_executor_v1_executor_service_proto.Services().Get(0),
 		executorv1.File_harvest_executor_v1_session_service_proto.Services().Get(0),
+		executorv1.File_harvest_executor_v1_image_service_proto.Services().Get(0),
 		executorv1.File_harvest_executor_v1_admin_service_proto.Services().Get(0),
 		executorv1.File_harvest_executor_v1_auth_service_proto.Services().Get(0),
 	}

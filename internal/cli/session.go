@@ -14,8 +14,9 @@ import (
 )
 
 func (a *app) sessionCommand() *cobra.Command {
-	return group("session", "Create, list and end sessions: sandboxes that stay", []string{"sessions"},
-		a.sessionCreate(), a.sessionList(), a.sessionGet(), a.sessionTerminate())
+	return group("session", "Create, list and end sessions: sandboxes that stay, with repositories and an agent", []string{"sessions"},
+		a.sessionCreate(), a.sessionList(), a.sessionGet(), a.sessionExtend(), a.sessionPause(), a.sessionResume(), a.sessionFork(),
+		a.sessionDiff(), a.sessionTerminate())
 }
 
 // sessionColumns is the table of sessions.
@@ -40,6 +41,7 @@ func (a *app) sessionCreate() *cobra.Command {
 	var network networkFlags
 	var labels []string
 	var noWait bool
+	var agent agentFlags
 	lifetime := value[time.Duration]{kind: "duration", parse: parseDuration}
 	cmd := formats(&cobra.Command{
 		Use:   "create",
@@ -48,6 +50,7 @@ func (a *app) sessionCreate() *cobra.Command {
 	}, "name", "table", "json", "yaml", "jsonl")
 	limits.bind(cmd)
 	network.bind(cmd)
+	agent.bind(cmd, a.env)
 	cmd.Flags().Var(&lifetime, "lifetime", "how long it may live (default 1h)")
 	cmd.Flags().StringArrayVar(&labels, "label", nil, "label it, NAME=VALUE; may be repeated")
 	cmd.Flags().BoolVar(&noWait, "no-wait", false, "do not wait until its sandbox is ready")
@@ -63,26 +66,37 @@ func (a *app) sessionCreate() *cobra.Command {
 		if r.Network, err = network.policy(); err != nil {
 			return err
 		}
-		s, err := c.CreateSession(ctx, r)
-		if err != nil {
+		if err := agent.fill(r); err != nil {
 			return err
 		}
-		for !noWait && s.GetState() == executorv1.Session_STATE_STARTING {
-			answer, err := c.Sessions().GetSession(ctx, &executorv1.GetSessionRequest{Name: s.GetName(), Wait: durationpb.New(time.Minute)})
-			if err != nil {
-				return hinted{
-					fmt.Errorf("wait for %s: %w", s.GetName(), err),
-					fmt.Sprintf("it exists; executorctl session get %s", s.GetName()),
-				}
-			}
-			s = answer.GetSession()
+		s, err := c.CreateSession(ctx, r)
+		if err == nil && !noWait {
+			s, err = a.ready(ctx, c, s)
 		}
-		if reason := enumName(s.GetEndReason(), "END_REASON"); reason != "" {
-			return fmt.Errorf("%s did not start: %s (%s)", s.GetName(), s.GetDetail(), reason)
+		if err != nil {
+			return err
 		}
 		return printOne(a, s, sessionColumns())
 	})
 	return cmd
+}
+
+// ready waits until a session has started or goes on.
+func (a *app) ready(ctx context.Context, c *client.Client, s *executorv1.Session) (*executorv1.Session, error) {
+	for s.GetState() == executorv1.Session_STATE_STARTING || s.GetState() == executorv1.Session_STATE_RESUMING {
+		answer, err := c.Sessions().GetSession(ctx, &executorv1.GetSessionRequest{Name: s.GetName(), Wait: durationpb.New(time.Minute)})
+		if err != nil {
+			return nil, hinted{
+				fmt.Errorf("wait for %s: %w", s.GetName(), err),
+				fmt.Sprintf("it exists; executorctl session get %s", s.GetName()),
+			}
+		}
+		s = answer.GetSession()
+	}
+	if reason := enumName(s.GetEndReason(), "END_REASON"); reason != "" {
+		return nil, fmt.Errorf("%s did not start: %s (%s)", s.GetName(), s.GetDetail(), reason)
+	}
+	return s, nil
 }
 
 func (a *app) sessionList() *cobra.Command {
@@ -100,7 +114,7 @@ func (a *app) sessionList() *cobra.Command {
 	}, "table", "json", "yaml", "jsonl", "name")
 	cmd.Flags().BoolVar(&all, "all", false, "also those that have ended")
 	cmd.Flags().IntVar(&limit, "limit", 100, "the most to list; 0 for all")
-	choice.bind(cmd, "starting", "running", "terminating", "terminated")
+	choice.bind(cmd, "starting", "running", "pausing", "paused", "resuming", "terminating", "terminated")
 	cmd.RunE = a.call(func(ctx context.Context, c *client.Client, _ []string) error {
 		filter, err := choice.filter()
 		if err != nil {

@@ -64,7 +64,7 @@ func defaults() *configv1.Config {
 		Limits:       &configv1.Limits{MemoryBytes: 2 << 30, Pids: 1024},
 		Output:       &configv1.Output{DefaultRetainedBytes: 1 << 30, MaxRetainedBytes: 64 << 30},
 		Reflection:   true,
-		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094},
+		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094, BlankGuests: 3},
 		Tls:          &configv1.Tls{ClientAuth: configv1.Tls_CLIENT_AUTH_REQUEST},
 		Auth: &configv1.Auth{Oidc: &configv1.Oidc{RoleClaim: "roles", Leeway: durationpb.New(30 * time.Second)},
 			Certificates: &configv1.Certificates{}, Quotas: &configv1.Quotas{}},
@@ -74,6 +74,7 @@ func defaults() *configv1.Config {
 		},
 		Pool:      &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
 		Retention: &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
+		Images:    &configv1.Images{DebianMirror: "http://deb.debian.org", NpmRegistry: "https://registry.npmjs.org"},
 	}
 }
 
@@ -98,7 +99,7 @@ func full() (map[string]string, *configv1.Config) {
 			"limits.memory_bytes": "512MiB", "limits.pids": "99", "limits.cpu_millis": "1500", "limits.disk_bytes": "5GiB", "limits.open_files": "4096",
 			"output.default_retained_bytes": "2097152", "output.max_retained_bytes": "3MiB",
 			"reflection": "false", "local.uid_base": "131072", "local.uid_count": "7",
-			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a",
+			"local.cgroup_parent": "/a.slice", "local.extra_paths": "/opt/a", "local.blank_guests": "9",
 			"tls.cert_file": "/t/cert", "tls.key_file": "/t/key", "tls.client_ca_file": "/t/ca", "tls.client_auth": "require",
 			"auth.methods": "certificate", "auth.oidc.issuer": "https://issuer.example", "auth.oidc.audience": "us",
 			"auth.oidc.role_claim": "groups", "auth.oidc.users": "*", "auth.oidc.operators": "ops", "auth.oidc.admins": "root:admin",
@@ -110,6 +111,8 @@ func full() (map[string]string, *configv1.Config) {
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
 			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
+			"images.debian_mirror": "http://mirror.example/d", "images.npm_registry": "https://npm.example", "images.allow": "10.0.0.1:8080",
+			"images.packages": "hello",
 		}, &configv1.Config{
 			Listen: "unix:/run/x.sock", StateDir: "/state", DrainTimeout: durationpb.New(90 * time.Second),
 			OnStop: configv1.OnStop_ON_STOP_TERMINATE,
@@ -117,7 +120,7 @@ func full() (map[string]string, *configv1.Config) {
 			Limits: &configv1.Limits{MemoryBytes: 512 << 20, Pids: 99, CpuMillis: 1500, DiskBytes: 5 << 30, OpenFiles: 4096},
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
 			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
-				ExtraPaths: []string{"/opt/a"}},
+				ExtraPaths: []string{"/opt/a"}, BlankGuests: 9},
 			Tls: &configv1.Tls{CertFile: "/t/cert", KeyFile: "/t/key", ClientCaFile: "/t/ca", ClientAuth: configv1.Tls_CLIENT_AUTH_REQUIRE},
 			Auth: &configv1.Auth{
 				Methods: []configv1.Auth_Method{configv1.Auth_METHOD_CERTIFICATE},
@@ -131,6 +134,8 @@ func full() (map[string]string, *configv1.Config) {
 			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
 			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
 			Retention: &configv1.Retention{MaxAge: durationpb.New(0), MaxTotalBytes: 1 << 30, MinFreeBytes: 1<<20 + 1},
+			Images: &configv1.Images{DebianMirror: "http://mirror.example/d", NpmRegistry: "https://npm.example",
+				Allow: []string{"10.0.0.1:8080"}, Packages: []string{"hello"}},
 		}
 }
 
@@ -155,6 +160,8 @@ func company(name string) (env []string, other string) {
 		return nil, "RS512"
 	case "auth.quotas.running_executions", "auth.quotas.sessions", "auth.quotas.stored_bytes":
 		return []string{"EXECUTORD_AUTH_METHODS=api_key"}, ""
+	case "images.allow", "images.packages":
+		return nil, "other"
 	}
 	return nil, ""
 }
@@ -427,6 +434,8 @@ func TestBadValues(t *testing.T) {
 		{"local.uid_count", "0", "greater than or equal to 1"},
 		{"local.uid_count", "65535", "less than or equal to 65534"},
 		{"local.uid_count", "40000", "must end at 4294901760 or before"},
+		{"local.blank_guests", "65", "less than or equal to 64"},
+		{"local.blank_guests", "-1", "not between 0 and"},
 		{"local.cgroup_parent", "a.slice", "not an absolute path"},
 		{"local.cgroup_parent", "/a/../b", "not an absolute path"},
 		{"local.cgroup_parent", "/" + strings.Repeat("a", 4096), "at most 4096 bytes"},
@@ -489,6 +498,11 @@ func TestBadValues(t *testing.T) {
 		{"retention.max_total_bytes", "1025TiB", "less than or equal to 1125899906842624"},
 		{"retention.min_free_bytes", "-1", "greater than or equal to 0"},
 		{"retention.min_free_bytes", "2TiB", "less than or equal to 1099511627776"},
+		{"images.debian_mirror", "ftp://x.example", "does not match"},
+		{"images.debian_mirror", "deb.example", "does not match"},
+		{"images.npm_registry", "https://me:secret@x.example", "does not match"},
+		{"images.allow", "a%b", "does not match"},
+		{"images.packages", "Hello", "does not match"},
 	}
 	tested := make(map[string]bool)
 	for _, test := range tests {
@@ -684,8 +698,8 @@ func TestFieldNames(t *testing.T) {
 	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "auth-certificates-admins", "auth-certificates-operators", "auth-certificates-users", "auth-methods",
 		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
 		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
-		"config", "drain-timeout", "help", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
-		"local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
+		"config", "drain-timeout", "help", "images-allow", "images-debian-mirror", "images-npm-registry", "images-packages", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
+		"local-blank-guests", "local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
 		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
 		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir",
@@ -726,6 +740,7 @@ local:
   extra_paths:
     - /opt/a b
     - '/opt/ü: #'
+  blank_guests: 3
 tls:
   cert_file: ""
   key_file: ""
@@ -768,6 +783,11 @@ retention:
   max_age: 168h0m0s
   max_total_bytes: 32GiB
   min_free_bytes: 64MiB
+images:
+  debian_mirror: http://deb.debian.org
+  npm_registry: https://registry.npmjs.org
+  allow: []
+  packages: []
 `
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Errorf("differs (-want +got):\n%s", diff)

@@ -19,6 +19,7 @@ import (
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/diskspace"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local"
 	"github.com/harvest-run/executord/internal/engine/pool"
@@ -28,6 +29,7 @@ import (
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
 	"github.com/harvest-run/executord/internal/telemetry"
+	"github.com/harvest-run/executord/internal/turn"
 	"github.com/harvest-run/executord/internal/version"
 )
 
@@ -59,6 +61,7 @@ type Daemon struct {
 	// requests are the requests that are remembered, for a time.
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
+	network  *egress.Gateway
 	// strays are sandboxes of an earlier time that nobody needs.
 	strays []string
 	// cutOff ends the streams that are open.
@@ -158,7 +161,11 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 		Busy: allowed.Saturated, Logger: c.Logger,
 	})
 	d.pool = ready
-	sessionService, executionService, err := c.openServices(ctx, d, st, measured, allowed, ready)
+	sessionService, executionService, turns, err := c.openServices(ctx, d, st, measured, allowed, ready)
+	if err != nil {
+		return nil, err
+	}
+	imageService, err := c.openImages(ctx, d, st)
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +187,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	d.cutOff = cutOff
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
 	server, err := api.NewServer(shutdown, api.Config{
-		Executions: watchable{executionService}, Sessions: sessionService, Info: d.info,
+		Executions: watchable{executionService}, Sessions: watchableSessions{sessionService}, Turns: watchableTurns{turns}, Images: watchableImages{imageService}, Info: d.info,
 		Keys: who.keys, Auth: who.authenticator, Certificates: who.certificates,
 		Logger: c.Logger, PageTokenKey: pageTokenKey, RequestIDKey: requestIDKey,
 		Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
@@ -199,23 +206,28 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 }
 
 // openServices makes the services and lets them recover.
-func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, measured *telemetry.Telemetry, allowed *admission.Controller, ready *pool.Pool) (*session.Service, *execution.Service, error) {
+func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, measured *telemetry.Telemetry, allowed *admission.Controller, ready *pool.Pool) (*session.Service, *execution.Service, *turn.Service, error) {
 	observer, err := measured.NewExecutions()
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	quotas := c.Settings.GetAuth().GetQuotas()
 	network, err := c.openNetwork(d.engine)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
+	d.network = network
+	turns, err := c.openTurns(d, st)
+	if err != nil {
+		return nil, nil, nil, err
+	}
 	sessionService, err := session.New(session.Config{
-		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
+		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, Dir: filepath.Join(c.Settings.GetStateDir(), "sessions"), MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("make the session service: %w", err)
+		return nil, nil, nil, fmt.Errorf("make the session service: %w", err)
 	}
 	output := c.Settings.GetOutput()
 	retention := c.Settings.GetRetention()
@@ -233,25 +245,31 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		Logger:    c.Logger,
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("make the execution service: %w", err)
+		return nil, nil, nil, fmt.Errorf("make the execution service: %w", err)
 	}
 	if err := measured.Gauge(executionService, sessionService); err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	sessionService.SetExecutions(executionService)
+	turns.SetSessions(sessionHome{sessionService})
 	// Closed in the opposite order: a session that ends asks for its executions' end.
+	d.opened.add("turns", turns.Close)
 	d.opened.add("executions", executionService.Close)
 	d.opened.add("sessions", sessionService.Close)
 	d.sessions, d.executions = sessionService, executionService
 
-	// Sessions first: executions look for their sandboxes.
+	// Turns before sessions, which bring their agents; sessions before executions, which
+	// look for their sandboxes.
+	if err := turns.Recover(ctx); err != nil {
+		return nil, nil, nil, fmt.Errorf("take up turns: %w", err)
+	}
 	if err := sessionService.Recover(ctx); err != nil {
-		return nil, nil, fmt.Errorf("take up sessions: %w", err)
+		return nil, nil, nil, fmt.Errorf("take up sessions: %w", err)
 	}
 	if err := executionService.Recover(ctx); err != nil {
-		return nil, nil, fmt.Errorf("take up executions: %w", err)
+		return nil, nil, nil, fmt.Errorf("take up executions: %w", err)
 	}
-	return sessionService, executionService, nil
+	return sessionService, executionService, turns, nil
 }
 
 func admissionConfig(settings *configv1.Admission) admission.Config {
@@ -287,6 +305,7 @@ func localConfig(settings *configv1.Config, logger *slog.Logger) (local.Config, 
 			DiskBytes: limits.GetDiskBytes(), OpenFiles: limits.GetOpenFiles(),
 		},
 		ExtraPaths: settings.GetLocal().GetExtraPaths(),
+		Blank:      int(settings.GetLocal().GetBlankGuests()),
 		Logger:     logger,
 	}, nil
 }

@@ -151,6 +151,7 @@ func (p *program) serve(cmd *cobra.Command, settings *configv1.Config) error {
 	if !slices.ContainsFunc(p.env, func(v string) bool { return strings.HasPrefix(v, "GOGC=") }) {
 		defer debug.SetGCPercent(debug.SetGCPercent(gcPercent))
 	}
+	letTimersBeLate(timerSlack)
 	// Two places, so that a second signal is not lost while the first is handled.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)

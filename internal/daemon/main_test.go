@@ -175,7 +175,7 @@ func TestLocalConfig(t *testing.T) {
 	}
 	loaded, err := config.Load(config.Input{WorkingDirectory: "/", Args: []string{
 		"--state-dir=/s", "--limits-memory-bytes=64MiB", "--limits-pids=8", "--limits-cpu-millis=10",
-		"--local-uid-base=131072", "--local-uid-count=2", "--local-cgroup-parent=/p", "--local-extra-paths=/opt/x",
+		"--local-uid-base=131072", "--local-uid-count=2", "--local-cgroup-parent=/p", "--local-extra-paths=/opt/x", "--local-blank-guests=4",
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -185,7 +185,7 @@ func TestLocalConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	if cfg.StateDir != "/s" || cfg.Defaults != (engine.Limits{MemoryBytes: 64 << 20, PIDs: 8, CPUMillis: 10}) ||
-		cfg.UIDBase != 131072 || cfg.UIDCount != 2 || cfg.CgroupParent != "/p" || len(cfg.ExtraPaths) != 1 || len(cfg.Guest) == 0 || cfg.Logger == nil {
+		cfg.UIDBase != 131072 || cfg.UIDCount != 2 || cfg.CgroupParent != "/p" || len(cfg.ExtraPaths) != 1 || cfg.Blank != 4 || len(cfg.Guest) == 0 || cfg.Logger == nil {
 		t.Errorf("%+v", cfg)
 	}
 }

@@ -107,3 +107,14 @@ func find(form netip.Addr) (special, bool) {
 	}
 	return special{}, false
 }
+
+// IsSpecial says whether an address is reached only where a rule names it: whether it is not
+// simply somewhere in the Internet.
+func IsSpecial(addr netip.Addr) bool {
+	for _, form := range forms(addr) {
+		if _, is := find(form); is {
+			return true
+		}
+	}
+	return false
+}

@@ -27,11 +27,57 @@ type Resolver interface {
 	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
+// Dialing says what a Dialer connects to.
+type Dialing struct {
+	// Rules name it.
+	Rules []Rule
+	// Denied are addresses that no rule can name.
+	Denied []netip.Prefix
+	// Resolver resolves names; nil as the host does.
+	Resolver Resolver
+	// Dial connects to an address; nil as the host does.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// dialing is what a sandbox's policy makes of a Gateway's Config.
+func (c Config) dialing(rules []Rule) Dialing {
+	return Dialing{Rules: rules, Denied: c.Denied, Resolver: c.Resolver, Dial: c.Dial}
+}
+
+// Dialer connects to what rules name and to nothing else. It is what a Proxy dials by,
+// for others who connect on behalf of a sandbox.
+type Dialer struct {
+	rules    rules
+	resolver Resolver
+	dial     func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// NewDialer makes a Dialer of rules that Policy.Validate takes.
+func NewDialer(d Dialing) *Dialer {
+	if d.Resolver == nil {
+		d.Resolver = &net.Resolver{PreferGo: true}
+	}
+	if d.Dial == nil {
+		d.Dial = (&net.Dialer{KeepAlive: time.Minute}).DialContext
+	}
+	return &Dialer{rules: compile(Policy{Rules: d.Rules}, d.Denied), resolver: d.Resolver, dial: d.Dial}
+}
+
+// DialContext connects to HOST:PORT. The error of what is not reached tells why, to
+// people too.
+func (d *Dialer) DialContext(ctx context.Context, _, address string) (net.Conn, error) {
+	t, err := parseTarget(address, 0)
+	if err != nil {
+		return nil, err
+	}
+	return d.connect(ctx, t)
+}
+
 // connect checks a target and connects to it. Every address is checked after the
 // name was resolved, and what is dialled is the address that was checked: a name that
 // resolves to something else the next time gains nothing.
-func (p *Proxy) connect(ctx context.Context, t target) (net.Conn, error) {
-	if err := p.rules.check(t); err != nil {
+func (d *Dialer) connect(ctx context.Context, t target) (net.Conn, error) {
+	if err := d.rules.check(t); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, connectTime, fmt.Errorf("not connected within %v", connectTime))
@@ -39,13 +85,13 @@ func (p *Proxy) connect(ctx context.Context, t target) (net.Conn, error) {
 	addrs := []netip.Addr{t.addr}
 	if t.name != "" {
 		var err error
-		if addrs, err = p.resolve(ctx, t); err != nil {
+		if addrs, err = d.resolve(ctx, t); err != nil {
 			return nil, err
 		}
 	}
 	var last error
 	for _, addr := range addrs {
-		conn, err := p.dialAddr(ctx, netip.AddrPortFrom(addr, t.port))
+		conn, err := d.dialAddr(ctx, netip.AddrPortFrom(addr, t.port))
 		if err == nil {
 			return conn, nil
 		}
@@ -57,10 +103,10 @@ func (p *Proxy) connect(ctx context.Context, t target) (net.Conn, error) {
 	return nil, failed(ctx, fmt.Errorf("connect to %s: %w", t.host(), last))
 }
 
-func (p *Proxy) dialAddr(ctx context.Context, addr netip.AddrPort) (net.Conn, error) {
+func (d *Dialer) dialAddr(ctx context.Context, addr netip.AddrPort) (net.Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, addressTime, fmt.Errorf("no answer from %s within %v", addr, addressTime))
 	defer cancel()
-	conn, err := p.gateway.cfg.Dial(ctx, "tcp", addr.String())
+	conn, err := d.dial(ctx, "tcp", addr.String())
 	if err != nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -69,14 +115,14 @@ func (p *Proxy) dialAddr(ctx context.Context, addr netip.AddrPort) (net.Conn, er
 
 // resolve returns those addresses of a name that may be reached; the refusal of the
 // first if there are none.
-func (p *Proxy) resolve(ctx context.Context, t target) ([]netip.Addr, error) {
+func (d *Dialer) resolve(ctx context.Context, t target) ([]netip.Addr, error) {
 	bounded, cancel := context.WithTimeoutCause(ctx, resolveTime, fmt.Errorf("no answer within %v", resolveTime))
 	defer cancel()
 	name := t.name
 	if strings.Contains(name, ".") {
 		name += "." // the name as it is, and not below a search domain of the host
 	}
-	found, err := p.gateway.cfg.Resolver.LookupNetIP(bounded, "ip", name)
+	found, err := d.resolver.LookupNetIP(bounded, "ip", name)
 	if err != nil && bounded.Err() != nil {
 		err = context.Cause(bounded)
 	}
@@ -93,7 +139,7 @@ func (p *Proxy) resolve(ctx context.Context, t target) ([]netip.Addr, error) {
 	var refused error
 	for _, addr := range found {
 		addr = addr.Unmap().WithZone("")
-		switch err := p.rules.checkAddr(addr, t); {
+		switch err := d.rules.checkAddr(addr, t); {
 		case err == nil && len(addrs) < maxAddresses && !slices.Contains(addrs, addr):
 			addrs = append(addrs, addr)
 		case err != nil && refused == nil:

@@ -9,12 +9,10 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"time"
 
-	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
+	"github.com/harvest-run/executord/internal/egress/outlet"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
-	"github.com/harvest-run/executord/internal/guestclient"
 )
 
 const (
@@ -22,17 +20,10 @@ const (
 	Port = 3128
 	// listenerName is what the guest knows the listener by.
 	listenerName = "egress"
-	// maxAllConnections bounds the connections of all sandboxes at a time, and so the
-	// memory for what passes: 64 KiB each.
-	maxAllConnections = 2048
 )
 
 // Sandbox is what a Gateway needs of one. An engine.Sandbox is meant.
-type Sandbox interface {
-	ID() string
-	Dial(ctx context.Context) (net.Conn, error)
-	Done() <-chan struct{}
-}
+type Sandbox = outlet.Sandbox
 
 // Config says what a Gateway lets through.
 type Config struct {
@@ -71,12 +62,6 @@ func New(cfg Config) (*Gateway, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	if cfg.Resolver == nil {
-		cfg.Resolver = &net.Resolver{PreferGo: true}
-	}
-	if cfg.Dial == nil {
-		cfg.Dial = (&net.Dialer{KeepAlive: time.Minute}).DialContext
-	}
 	if cfg.Max == "" {
 		cfg.Max = engine.NetworkNone
 	}
@@ -84,7 +69,7 @@ func New(cfg Config) (*Gateway, error) {
 		cfg.Default.Mode = engine.NetworkNone
 	}
 	g := &Gateway{
-		cfg: cfg, connections: make(chan struct{}, maxAllConnections), closing: make(chan struct{}), proxies: make(map[string]*Proxy),
+		cfg: cfg, connections: make(chan struct{}, outlet.MaxAll), closing: make(chan struct{}), proxies: make(map[string]*Proxy),
 	}
 	if _, err := g.Decide(cfg.Default); err != nil {
 		return nil, fmt.Errorf("the default network policy: %w", err)
@@ -125,7 +110,7 @@ func (g *Gateway) Decide(asked Policy) (Policy, error) {
 // nil connections are taken.
 func (g *Gateway) Open(ctx context.Context, sb Sandbox, policy Policy) (*Proxy, error) {
 	if policy.Mode == engine.NetworkEgress {
-		if err := listenIn(ctx, sb); err != nil {
+		if err := outlet.Listen(ctx, sb, listenerName, Port); err != nil {
 			return nil, err
 		}
 	}
@@ -149,7 +134,7 @@ func (g *Gateway) Resume(sb Sandbox, policy Policy) (*Proxy, error) {
 	if known, ok := g.proxies[sb.ID()]; ok {
 		return known, nil
 	}
-	p := newProxy(g, sb.ID(), policy, guestSource{sb})
+	p := newProxy(g, sb.ID(), policy, outlet.Guest(sb, listenerName, Port))
 	g.proxies[sb.ID()] = p
 	g.work.Go(func() {
 		select {
@@ -184,33 +169,5 @@ func (g *Gateway) Close() error {
 	}
 	g.mu.Unlock()
 	g.work.Wait()
-	return nil
-}
-
-// guestSource takes the connections of the listener in a sandbox.
-type guestSource struct{ sandbox Sandbox }
-
-func (s guestSource) accept(ctx context.Context) (net.Conn, error) {
-	conn, err := guestclient.Accept(ctx, s.sandbox, listenerName)
-	if guestclient.KindOf(err) == guestv1.Error_KIND_NOT_FOUND {
-		// Of a sandbox whose maker was cut off.
-		if err = listenIn(ctx, s.sandbox); err == nil {
-			conn, err = guestclient.Accept(ctx, s.sandbox, listenerName)
-		}
-	}
-	return conn, err
-}
-
-// listenIn makes the listener in a sandbox.
-func listenIn(ctx context.Context, sb Sandbox) error {
-	client := guestclient.New(sb)
-	defer client.Close()
-	port, err := client.Listen(ctx, listenerName, Port)
-	if err != nil {
-		return fmt.Errorf("listen for the network's proxy in sandbox %s: %w", sb.ID(), err)
-	}
-	if port != Port {
-		return fmt.Errorf("listen for the network's proxy in sandbox %s: the guest took port %d", sb.ID(), port)
-	}
 	return nil
 }

@@ -148,7 +148,7 @@ func start(t *testing.T, policy Policy, resolver Resolver, to string) *rig {
 		t.Fatal(err)
 	}
 	r.gateway, r.address = gateway, l.Addr().String()
-	r.proxy = newProxy(gateway, "box", policy, tcpSource{l})
+	r.proxy = newProxy(gateway, "box", policy, tcpSource{l}.accept)
 	t.Cleanup(func() {
 		r.proxy.close()
 		l.Close()

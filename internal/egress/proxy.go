@@ -12,12 +12,13 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/harvest-run/executord/internal/egress/outlet"
 	"github.com/harvest-run/executord/internal/engine"
 )
 
 const (
 	// idleTime ends a connection over which no byte has passed for so long.
-	idleTime = 10 * time.Minute
+	idleTime = outlet.IdleTime
 	// headerTime bounds the arrival of a request's header, keepAlive the wait for
 	// another request on the same connection.
 	headerTime = 30 * time.Second
@@ -36,12 +37,12 @@ type Proxy struct {
 	gateway *Gateway
 	sandbox string
 	policy  Policy
-	rules   rules
 	log     *slog.Logger
 	counts  counts
 
 	// Of a policy with the mode egress only.
-	listener  *listener
+	dialer    *Dialer
+	listener  *outlet.Listener
 	server    *http.Server
 	plain     *httputil.ReverseProxy
 	transport *http.Transport
@@ -86,12 +87,12 @@ func (p *Proxy) Policy() Policy {
 
 // newProxy makes the Proxy of a sandbox. With the mode egress it serves what comes out
 // of s until it is closed.
-func newProxy(g *Gateway, sandbox string, policy Policy, s source) *Proxy {
+func newProxy(g *Gateway, sandbox string, policy Policy, s outlet.Source) *Proxy {
 	p := &Proxy{gateway: g, sandbox: sandbox, policy: policy, log: g.cfg.Logger}
 	if policy.Mode != engine.NetworkEgress {
 		return p
 	}
-	p.rules = compile(policy, g.cfg.Denied)
+	p.dialer = NewDialer(g.cfg.dialing(policy.Rules))
 	p.transport = &http.Transport{
 		DialContext: p.dialPlain, DisableCompression: true, MaxIdleConns: maxIdleUpstream, IdleConnTimeout: upstreamKept,
 		MaxResponseHeaderBytes: 1 << 20,
@@ -111,7 +112,7 @@ func newProxy(g *Gateway, sandbox string, policy Policy, s source) *Proxy {
 		},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { fail(w, err) },
 	}
-	p.listener = listen(s, g.connections)
+	p.listener = outlet.Open(s, Port, g.connections)
 	p.server = &http.Server{
 		Handler: http.HandlerFunc(p.serve), ReadHeaderTimeout: headerTime, IdleTimeout: keepAlive,
 		MaxHeaderBytes: maxHeader, ErrorLog: quiet, DisableGeneralOptionsHandler: true,
@@ -132,7 +133,7 @@ func (p *Proxy) close() {
 	_ = p.listener.Close()
 	_ = p.server.Close() // the connections that it would tell of are closed already
 	p.flows.close()
-	p.listener.wait()
+	p.listener.Wait()
 	p.serving.Wait()
 	p.transport.CloseIdleConnections()
 }
@@ -151,7 +152,7 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request) {
 		t, err = parseTarget(r.URL.Host, 80)
 	}
 	if err == nil {
-		err = p.rules.check(t)
+		err = p.dialer.rules.check(t)
 	}
 	if err != nil {
 		p.refused(t, err, time.Now())
@@ -183,7 +184,7 @@ func (p *Proxy) dial(ctx context.Context, t target) (*upstream, error) {
 	if !p.flows.begin(u, func() { cancel(errClosed) }) {
 		return nil, errClosed
 	}
-	conn, err := p.connect(ctx, t)
+	conn, err := p.dialer.connect(ctx, t)
 	if err == nil && !p.flows.connected(u, conn) {
 		err = errClosed
 	}

@@ -400,7 +400,7 @@ func TestCloseEndsEverything(t *testing.T) {
 func TestCloseEndsDials(t *testing.T) {
 	r := start(t, policyOf(t, "a.example"), resolves("a.example", "1.1.1.1"), "")
 	entered := make(chan struct{}, 2)
-	r.gateway.cfg.Dial = hangingDial(entered)
+	r.proxy.dialer.dial = hangingDial(entered)
 	for _, request := range []string{
 		"CONNECT a.example:443 HTTP/1.1\r\nHost: a.example:443\r\n\r\n",
 		"GET http://a.example/ HTTP/1.1\r\nHost: a.example\r\n\r\n",

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/harvest-run/executord/internal/egress/outlet"
 )
 
 // copyBytes is the most that is read at a time: two TLS records.
@@ -116,7 +118,7 @@ func (u *upstream) Write(p []byte) (int, error) {
 }
 
 // CloseWrite tells the target that nothing more comes.
-func (u *upstream) CloseWrite() error { return closeWrite(u.Conn) }
+func (u *upstream) CloseWrite() error { return outlet.CloseWrite(u.Conn) }
 
 // Close ends it.
 func (u *upstream) Close() error {
@@ -133,7 +135,7 @@ func tunnel(client net.Conn, buffered *bufio.Reader, up *upstream) {
 	up.extend()
 	var both sync.WaitGroup
 	half := func(to, from net.Conn, r io.Reader) {
-		if err := copyHalf(to, r); err != nil || closeWrite(to) != nil {
+		if err := copyHalf(to, r); err != nil || outlet.CloseWrite(to) != nil {
 			// Nothing more can pass this way: the other one must not wait for it.
 			to.Close()
 			from.Close()
@@ -166,13 +168,4 @@ func copyHalf(to io.Writer, from io.Reader) error {
 			return err
 		}
 	}
-}
-
-// closeWrite ends one direction of a connection. One that cannot do that is ended
-// whole, by its error.
-func closeWrite(conn net.Conn) error {
-	if half, ok := conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return errors.ErrUnsupported
 }

@@ -29,7 +29,8 @@ type Engine interface {
 	// CheckSpec returns a fault if no sandbox can be made after a Spec, whatever its ID:
 	// that of CheckLimits, or FailedPrecondition with reason IMAGE_NOT_AVAILABLE,
 	// VOLUMES_NOT_AVAILABLE, PLACEMENT_NOT_AVAILABLE or SECRETS_NOT_AVAILABLE for what the
-	// engine does not have, or Invalid. Create returns the same.
+	// engine does not have, or Invalid (VOLUMES), or where the engine knows without asking
+	// anybody NotFound (IMAGE_NOT_FOUND, VOLUME_NOT_FOUND). Create returns all of these.
 	CheckSpec(Spec) error
 	// Create makes the sandbox spec.ID, or returns the one that has this id: a
 	// repeat after a crash never makes two. It returns when the guest answers.
@@ -59,7 +60,8 @@ type Sandbox interface {
 	Deadline() time.Time
 	// Snapshot makes an image of all that the sandbox's file system has, but for volumes and
 	// what is in memory: as it is at one moment, also while processes run. A fault
-	// FailedPrecondition (SNAPSHOT_NOT_AVAILABLE) where the engine makes none.
+	// FailedPrecondition (SNAPSHOT_NOT_AVAILABLE) where the engine makes none, or none while
+	// processes run: the capability snapshot says that. On an error no image is left.
 	Snapshot(ctx context.Context, r SnapshotRequest) (ImageRef, error)
 	// CommitVolumes makes what was written to the sandbox's volumes lasting, and visible
 	// to other sandboxes.
@@ -111,8 +113,9 @@ type ImageRef string
 type VolumeMount struct {
 	// Name has 1 to 63 characters of a-z, 0-9, ".", "_" and "-", the first of a-z and 0-9.
 	Name string
-	// Path is absolute and clean, and not below /proc, /sys, /dev or /usr. What is missing of
-	// it is made.
+	// Path is absolute and clean, at most 1,024 bytes, and not / or /run, nor /proc, /sys,
+	// /dev, /usr, /bin, /sbin, /lib* or /run/executor or below them. What is missing of it is
+	// made. Links in the sandbox's image are followed, within the sandbox.
 	Path string
 }
 
@@ -135,9 +138,11 @@ type SnapshotRequest struct {
 
 // Volumes are directories that outlive sandboxes, each with a name.
 type Volumes interface {
-	// Ensure makes a volume that is not there.
+	// Ensure makes a volume that is not there. Invalid (VOLUMES) if none can have the name.
 	Ensure(ctx context.Context, name string) error
-	// Delete deletes a volume with all that is in it. One that is not there is deleted.
+	// Delete deletes a volume with all that is in it. One that is not there is deleted. A
+	// fault FailedPrecondition (VOLUME_IN_USE) while a sandbox has it, where the engine
+	// knows.
 	Delete(ctx context.Context, name string) error
 }
 
@@ -169,7 +174,7 @@ type Limits struct {
 	MemoryBytes int64 `json:"memory_bytes,omitempty"`
 	CPUMillis   int64 `json:"cpu_millis,omitempty"`
 	PIDs        int64 `json:"pids,omitempty"`
-	// DiskBytes bounds all that the sandbox writes into files.
+	// DiskBytes bounds all that the sandbox writes into files, without those of volumes.
 	DiskBytes int64 `json:"disk_bytes,omitempty"`
 	// OpenFiles bounds the open files of each process. The engine only says whether it
 	// can be enforced: the guest enforces it, for each command that is started.

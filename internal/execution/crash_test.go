@@ -108,6 +108,10 @@ func (m *mortal) Sandbox(ctx context.Context, id string, _ caller.Caller) (engin
 	return m.Open(ctx, "s-"+id)
 }
 
+// Began and Ended say nothing that matters here.
+func (m *mortal) Began(string, string)         {}
+func (m *mortal) Ended(string, string, string) {}
+
 func (m *mortal) Expiry(context.Context, string) (time.Time, time.Duration, error) {
 	return time.Time{}, 0, errKilled
 }

@@ -253,6 +253,8 @@ type sessions struct {
 	// lifetime of all of them, and when it ends; 0 is one that does not matter.
 	lifetime time.Duration
 	expires  time.Time
+	// told is what began and ended.
+	told []string
 }
 
 func (s *sessions) Sandbox(_ context.Context, id string, _ caller.Caller) (engine.Sandbox, error) {
@@ -271,6 +273,17 @@ func (s *sessions) Expiry(context.Context, string) (time.Time, time.Duration, er
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.expires, s.lifetime, nil
+}
+
+// Began and Ended count what runs, by session.
+func (s *sessions) Began(session, execution string) { s.note(session, execution, "") }
+
+func (s *sessions) Ended(session, execution, reason string) { s.note(session, execution, reason) }
+
+func (s *sessions) note(session, execution, reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.told = append(s.told, strings.TrimSpace(session+" "+execution+" "+reason))
 }
 
 func (s *sessions) end(id string) {

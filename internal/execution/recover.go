@@ -82,6 +82,9 @@ func (s *Service) recover(ctx context.Context, e Execution) (context.Context, *r
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.addLocked(r)
+	if e.Session != "" {
+		s.cfg.Sessions.Began(e.Session, e.ID)
+	}
 	return runCtx, r, nil
 }
 

@@ -304,6 +304,9 @@ func (r *run) settle(ctx context.Context) {
 			r.service.keep(1, final.LogBytes)
 		}
 		close(r.done)
+		if r.session != "" {
+			r.service.cfg.Sessions.Ended(r.session, r.id, string(final.Result.Reason))
+		}
 		if observer := r.service.cfg.Observer; observer != nil {
 			observer.Ended(final)
 		}

@@ -29,6 +29,10 @@ type Sessions interface {
 	Sandbox(ctx context.Context, sessionID string, by caller.Caller) (engine.Sandbox, error)
 	// Expiry returns when the lifetime of a session ends, and how long it is as a whole.
 	Expiry(ctx context.Context, sessionID string) (time.Time, time.Duration, error)
+	// Began says that an execution runs in a session, Ended that it does not any more. They
+	// do not block.
+	Began(sessionID, executionID string)
+	Ended(sessionID, executionID, reason string)
 }
 
 // Pool has sandboxes that are ready.
@@ -215,6 +219,9 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 		run.discard(ctx)
 		run.forget()
 		return Execution{}, err
+	}
+	if e.Session != "" {
+		s.cfg.Sessions.Began(e.Session, e.ID)
 	}
 	if r.Attended {
 		run.audience.expect()

@@ -869,3 +869,20 @@ func TestWithoutALogger(t *testing.T) {
 		}
 	})
 }
+
+// TestSessionIsTold of what begins and ends in it, also over a restart.
+func TestSessionIsTold(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := newRig(t, scripted(enginefake.Script{Steps: []enginefake.Step{enginefake.Stdout(time.Minute, "x")}, Exit: enginefake.Exit(0)}))
+		r.session("a")
+		in := r.start(execution.Request{Session: "a", Command: execution.Command{Args: []string{"x"}}})
+		out := r.start(execution.Request{Command: execution.Command{Args: []string{"x"}}})
+		r.restart()
+		r.wait(in)
+		r.wait(out)
+		want := []string{"a " + in.ID, "a " + in.ID, "a " + in.ID + " EXITED"}
+		if diff := cmp.Diff(want, r.sessions.told); diff != "" {
+			t.Error(diff)
+		}
+	})
+}

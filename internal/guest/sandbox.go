@@ -18,8 +18,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// backlog is how many pipes may be dialled before the guest takes them: as many as it
+// takes connections at a time.
+const backlog = 1024
+
 // maxSetupFDs is the most descriptors that come with a Setup.
-const maxSetupFDs = 64
+const maxSetupFDs = 250
 
 // RunInit is the guest as process 1 of a local sandbox: it reads its Setup from
 // the given socket, builds the sandbox around itself, says so, and serves until it
@@ -37,6 +41,7 @@ func RunInit(setupSocket int) error {
 		earlyErr error
 	)
 	early.Go(func() { earlyErr = loopbackUp() })
+	rehearse(func() bool { return awaited(setupSocket) })
 	setup, fds, err := receiveSetup(setupSocket)
 	if err != nil {
 		early.Wait()
@@ -146,7 +151,7 @@ func build(setup *guestv1.Setup, fds []int) (net.Listener, *Guest, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := unix.Listen(int(socket.Fd()), 64); err != nil {
+	if err := unix.Listen(int(socket.Fd()), backlog); err != nil {
 		return nil, nil, fmt.Errorf("listen: %w", err)
 	}
 	listener, err := net.FileListener(socket)

@@ -2,6 +2,7 @@ package guestclient
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -83,21 +84,51 @@ func (p *pipe) ask(ctx context.Context, r *guestv1.Request, payload []byte) (ans
 
 // post sends a request; its answer comes on the channel.
 func (p *pipe) post(ctx context.Context, r *guestv1.Request, payload []byte) (<-chan answer, error) {
-	c := make(chan answer, 1)
+	c, err := p.postAll(ctx, []*guestv1.Request{r}, func(w io.Writer) error { return wire.Write(w, r, payload) })
+	if err != nil {
+		return nil, err
+	}
+	return c[0], nil
+}
+
+// postTogether sends two requests in one piece, so that the guest is woken once.
+func (p *pipe) postTogether(ctx context.Context, first, second *guestv1.Request) (firstAnswer, secondAnswer <-chan answer, err error) {
+	c, err := p.postAll(ctx, []*guestv1.Request{first, second}, func(w io.Writer) error {
+		var frames bytes.Buffer
+		if err := errors.Join(wire.Write(&frames, first), wire.Write(&frames, second)); err != nil {
+			return err
+		}
+		_, err := w.Write(frames.Bytes())
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return c[0], c[1], nil
+}
+
+// postAll gives requests their ids and has them written.
+func (p *pipe) postAll(ctx context.Context, requests []*guestv1.Request, write func(io.Writer) error) ([]chan answer, error) {
+	answers := make([]chan answer, len(requests))
 	p.mu.Lock()
 	if p.lost != nil {
 		defer p.mu.Unlock()
 		return nil, p.lost
 	}
-	p.next++
-	r.Id = p.next
-	p.waiting[r.Id] = c
+	for i, r := range requests {
+		answers[i] = make(chan answer, 1)
+		p.next++
+		r.Id = p.next
+		p.waiting[r.Id] = answers[i]
+	}
 	p.mu.Unlock()
-	if err := p.send(ctx, r, payload); err != nil {
-		p.leave(r.Id, false)
+	if err := p.send(ctx, write); err != nil {
+		for _, r := range requests {
+			p.leave(r.Id, false)
+		}
 		return nil, err
 	}
-	return c, nil
+	return answers, nil
 }
 
 // await waits for the answer of a request that was posted.
@@ -134,9 +165,9 @@ func (p *pipe) leave(id uint64, sent bool) {
 	}
 }
 
-// send writes a request. If ctx ends while the guest does not take it, half of it may
+// send has requests written. If ctx ends while the guest does not take it, half of it may
 // be on its way: the pipe is lost.
-func (p *pipe) send(ctx context.Context, r *guestv1.Request, payload []byte) error {
+func (p *pipe) send(ctx context.Context, write func(io.Writer) error) error {
 	select {
 	case p.writing <- struct{}{}:
 	case <-p.gone:
@@ -148,7 +179,7 @@ func (p *pipe) send(ctx context.Context, r *guestv1.Request, payload []byte) err
 	stop := context.AfterFunc(ctx, func() {
 		p.lose(fmt.Errorf("the guest did not take a request: %v", context.Cause(ctx))) //nolint:errorlint // one caller's cause is not another's
 	})
-	err := wire.Write(p.conn, r, payload)
+	err := write(p.conn)
 	stop()
 	switch {
 	case err == nil:

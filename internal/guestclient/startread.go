@@ -63,17 +63,12 @@ func (c *Client) tryStartRead(ctx context.Context, r *guestv1.StartRequest, maxB
 		return answer{}, nil, err
 	}
 	start := &guestv1.Request{Call: &guestv1.Request_Start{Start: r}}
-	started, err := p.post(ctx, start, nil)
+	read := readRequest(r.GetExecution(), 0, maxBytes, wait)
+	started, output, err := p.postTogether(ctx, start, read)
 	if err != nil {
 		return answer{}, nil, err
 	}
-	read := readRequest(r.GetExecution(), 0, maxBytes, wait)
-	early := &Early{maxBytes: maxBytes}
-	if output, err := p.post(ctx, read, nil); err == nil {
-		early.await = func(ctx context.Context) (answer, error) { return p.await(ctx, read.GetId(), output) }
-	} else {
-		early.await = func(context.Context) (answer, error) { return answer{}, errNotAsked }
-	}
+	early := &Early{maxBytes: maxBytes, await: func(ctx context.Context) (answer, error) { return p.await(ctx, read.GetId(), output) }}
 	a, err := p.await(ctx, start.GetId(), started)
 	return a, early, err
 }

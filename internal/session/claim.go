@@ -12,7 +12,9 @@ import (
 // names is ended as a stray.
 func (l *live) claim() Session {
 	// Those that are ready have a network of their own, which does for egress, too.
-	if l.service.cfg.Pool == nil || l.record.Network.Mode == engine.NetworkHost {
+	// Those that start from an image of their own, or with a volume, are not among them.
+	d := l.record.Details
+	if l.service.cfg.Pool == nil || l.record.Network.Mode == engine.NetworkHost || d.Agent != nil || d.Image != "" || d.Snapshot != "" {
 		return l.snapshot()
 	}
 	sandbox, ok := l.service.cfg.Pool.Claim(engine.Spec{Limits: l.record.Limits})

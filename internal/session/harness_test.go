@@ -77,7 +77,7 @@ func (m *memory) UpdateSession(ctx context.Context, s session.Session) error {
 			return context.Cause(ctx)
 		case !ok:
 			return notFound(s.ID)
-		case old.State > s.State:
+		case old.State.Stage() > s.State.Stage():
 			return fault.New(fault.FailedPrecondition, "SESSION_ENDED", "state %d must not go back to %d", old.State, s.State)
 		}
 		m.records[s.ID] = s
@@ -186,6 +186,9 @@ type rig struct {
 	// pool and admission are the Config's.
 	pool      session.Pool
 	admission *admission.Controller
+	// parts are the Config's, dir has the logs.
+	parts session.Parts
+	dir   string
 }
 
 // The calls of a caller who has no name, for what nobody owns.
@@ -219,7 +222,7 @@ func (r *rig) List(ctx context.Context, q session.Query) ([]session.Session, err
 func newRig(t *testing.T, hooks enginefake.Hooks) *rig {
 	t.Helper()
 	r := &rig{
-		t: t, store: newMemory(), executions: &executions{}, log: &lockedBuffer{},
+		t: t, dir: t.TempDir(), store: newMemory(), executions: &executions{}, log: &lockedBuffer{},
 		fake: enginefake.New(enginefake.Config{Hooks: hooks, Limits: engine.Limits{MemoryBytes: 1 << 30}}),
 	}
 	t.Cleanup(r.fake.Shutdown)
@@ -231,7 +234,7 @@ func newRig(t *testing.T, hooks enginefake.Hooks) *rig {
 func (r *rig) open() {
 	r.t.Helper()
 	s, err := session.New(session.Config{
-		Engine: r.fake, Store: r.store, MaxPerOwner: r.quota, Pool: r.pool, Admission: r.admission, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
+		Engine: r.fake, Store: r.store, MaxPerOwner: r.quota, Pool: r.pool, Admission: r.admission, Parts: r.parts, Dir: r.dir, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	})
 	if err != nil {
 		r.t.Fatal(err)

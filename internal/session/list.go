@@ -82,7 +82,10 @@ func (r row) Time(field string) (time.Time, bool) {
 
 // stateNames are those of the API.
 func stateNames() []string {
-	return []string{Starting: "STARTING", Running: "RUNNING", Terminating: "TERMINATING", Terminated: "TERMINATED"}
+	return []string{
+		Starting: "STARTING", Running: "RUNNING", Terminating: "TERMINATING", Terminated: "TERMINATED",
+		Pausing: "PAUSING", Paused: "PAUSED", Resuming: "RESUMING",
+	}
 }
 
 // String returns the name of a state, "" of none.

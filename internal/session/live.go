@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
+	"github.com/harvest-run/executord/internal/journal"
 )
 
 const (
@@ -44,12 +46,15 @@ type live struct {
 	id      string
 	owner   string
 	cancel  context.CancelCauseFunc
+	journal *journal.Journal
 	started chan struct{}   // closed when it is no longer Starting, or found again
 	ending  chan struct{}   // closed when it is to end
 	ended   chan struct{}   // closed when its end is recorded
 	left    chan struct{}   // closed when the leading goroutine is through
-	slot    *admission.Slot // given back when it leaves
+	nudge   chan struct{}   // has one when the leading goroutine should look again
+	slot    *admission.Slot // given back when it leaves; the leading goroutine's
 	claimed engine.Sandbox  // was ready when the session was created; nil if none was
+	agent   AgentServer     // nil if there is none; the leading goroutine's
 
 	mu      sync.Mutex
 	record  Session
@@ -57,7 +62,22 @@ type live struct {
 	asked   bool           // to end, with reason and detail
 	reason  EndReason
 	detail  string
-	// interrupt ends the making of the sandbox.
+	// pausing says that it is to pause, resumes what it was given to go on with.
+	pausing bool
+	resumes *resumption
+	// begun is since when it has run, at least; notes are what runs in it.
+	begun time.Time
+	notes notes
+	// failed is why the last pause or resume did not work.
+	failed error
+	// changed is closed, and another takes its place, when record or failed changes.
+	changed chan struct{}
+	// values are the credentials that were given with it, auth its agent's log-ins.
+	values map[string]string
+	auth   string
+	// writing is held by who changes the record, from reading it to showing it.
+	writing sync.Mutex
+	// interrupt ends what the leading goroutine does, if the session is to end.
 	interrupt context.CancelCauseFunc
 }
 
@@ -66,20 +86,35 @@ func newLive(s *Service, record Session, slot *admission.Slot) (context.Context,
 	return ctx, &live{
 		service: s, id: record.ID, owner: record.Owner, record: record, cancel: cancel, slot: slot,
 		started: make(chan struct{}), ending: make(chan struct{}), ended: make(chan struct{}), left: make(chan struct{}),
+		nudge: make(chan struct{}, 1), changed: make(chan struct{}),
 	}
 }
 
 // leave ends what newLive began.
 func (l *live) leave() {
 	l.cancel(errClosed)
+	if l.agent != nil {
+		l.agent.Close()
+	}
 	l.service.dismiss(l)
 	l.slot.Release()
+	l.mu.Lock()
+	if l.resumes != nil {
+		l.resumes.slot.Release()
+	}
+	l.mu.Unlock()
+	if l.journal != nil {
+		l.journal.Close()
+	}
 	close(l.left)
 }
 
 // forget ends a live whose session did not come to be.
 func (l *live) forget() {
 	close(l.ended)
+	if l.journal != nil {
+		_ = l.service.journals.Remove(l.id) // what is left is removed at the next start
+	}
 	l.leave()
 }
 
@@ -149,56 +184,53 @@ func (l *live) wait(ctx context.Context, c <-chan struct{}) error {
 // false the Service is closing, and an executord after this one goes on.
 func (l *live) lead(ctx context.Context) {
 	defer l.leave()
-	ready := true
-	switch l.record.State { // nobody else writes it
-	case Starting:
-		ready = l.make(ctx)
-	case Running:
-		ready = l.reopen(ctx)
-	}
-	if ready && l.await(ctx) {
-		l.finish(ctx)
+	for {
+		l.mu.Lock()
+		state, asked := l.record.State, l.asked
+		l.mu.Unlock()
+		going := true
+		switch {
+		case asked || state == Terminating:
+			l.finish(ctx)
+			return
+		case state == Starting || state == Resuming:
+			going = l.make(ctx)
+		case state == Running:
+			going = l.live(ctx)
+		case state == Pausing:
+			going = l.halt(ctx)
+		case state == Paused:
+			going = l.rest(ctx)
+		}
+		if !going {
+			return
+		}
 	}
 }
 
-// make makes the sandbox.
-func (l *live) make(ctx context.Context) bool {
-	creating, stop := context.WithTimeoutCause(ctx, sandboxTime, fmt.Errorf("no sandbox within %v", sandboxTime))
-	defer stop()
-	creating, cancel := context.WithCancelCause(creating)
-	defer cancel(nil)
-	l.mu.Lock()
-	asked := l.asked
-	l.interrupt = cancel
-	l.mu.Unlock()
-	if asked {
-		return true
-	}
-	sandbox, err := l.claimed, error(nil)
-	if sandbox == nil {
-		sandbox, err = l.service.cfg.Engine.Create(creating, engine.Spec{
-			ID: l.record.Sandbox, Limits: l.record.Limits, Network: l.record.Network.Mode,
-		})
-	}
-	if err == nil {
-		_, err = l.service.cfg.Network.Open(creating, sandbox, l.record.Network)
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			return false
+// live finds the sandbox of a running session if it has to, and waits for what comes.
+func (l *live) live(ctx context.Context) bool {
+	if l.sandbox == nil {
+		if !l.reopen(ctx) || l.sandbox == nil {
+			return ctx.Err() == nil
 		}
-		l.end(StartFailed, err.Error())
-		return true
 	}
-	// Recorded before anybody can use it: what runs in it must be found again.
-	running := l.record
-	running.State, running.Limits = Running, sandbox.Limits()
-	if !l.persist(ctx, running) {
-		return false
-	}
-	l.publish(running, sandbox)
-	close(l.started)
-	return true
+	return l.await(ctx)
+}
+
+// interruptible returns a context for what the session's end interrupts; false if it is to
+// end already.
+func (l *live) interruptible(ctx context.Context) (context.Context, func(), bool) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.interrupt = cancel
+	return ctx, func() {
+		l.mu.Lock()
+		l.interrupt = nil
+		l.mu.Unlock()
+		cancel(nil)
+	}, !l.asked
 }
 
 // reopen finds the sandbox of a session that another executord made. Only an engine
@@ -215,9 +247,9 @@ func (l *live) reopen(ctx context.Context) bool {
 			if _, err := l.service.cfg.Network.Resume(sandbox, l.record.Network); err != nil {
 				l.service.log.WarnContext(ctx, "a session goes on without its network", "session", l.id, "error", err)
 			}
-			l.publish(l.record, sandbox)
+			l.publish(sandbox)
 			close(l.started)
-			return true
+			return l.rejoin(ctx)
 		case ctx.Err() != nil:
 			return false
 		case fault.KindOf(err) == fault.NotFound:
@@ -237,8 +269,16 @@ func (l *live) reopen(ctx context.Context) bool {
 		case <-ctx.Done():
 		}
 		again.Stop()
-		return ctx.Err() == nil // await finds out why it is to end
+		if now := time.Now(); !now.Before(l.snapshot().ExpireTime()) {
+			l.expire()
+		}
+		return ctx.Err() == nil
 	}
+}
+
+// expire ends a session whose lifetime has passed.
+func (l *live) expire() {
+	l.end(Expired, fmt.Sprintf("its lifetime of %v passed", l.snapshot().Lifetime))
 }
 
 func (l *live) open(ctx context.Context) (engine.Sandbox, error) {
@@ -251,53 +291,93 @@ func (l *live) open(ctx context.Context) (engine.Sandbox, error) {
 	return sandbox, nil
 }
 
-// publish shows a new state.
-func (l *live) publish(record Session, sandbox engine.Sandbox) {
+// notify wakes those who wait for a change. The caller holds mu.
+func (l *live) notify() {
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+// look has the leading goroutine look again at what it is to do. The caller holds mu.
+func (l *live) look() {
+	select {
+	case l.nudge <- struct{}{}:
+	default:
+	}
+}
+
+// publish shows the sandbox of a session whose record stays as it is.
+func (l *live) publish(sandbox engine.Sandbox) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sandbox = sandbox
+	l.notify()
+}
+
+// write changes the record, durably, and then shows it together with the sandbox. Only
+// the leading goroutine calls it; what others change, update does.
+func (l *live) write(ctx context.Context, sandbox engine.Sandbox, change func(*Session)) (Session, bool) {
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	record := l.snapshot()
+	change(&record)
+	if !l.persist(ctx, record) {
+		return record, false
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.record, l.sandbox = record, sandbox
+	l.notify()
+	return record, true
 }
 
-// await waits for a reason to end.
-func (l *live) await(ctx context.Context) bool {
-	expiry := time.NewTimer(time.Until(l.record.ExpireTime()))
-	defer expiry.Stop()
-	var gone <-chan struct{}
-	if l.sandbox != nil {
-		gone = l.sandbox.Done()
+// enter records a new state and tells of it.
+func (l *live) enter(ctx context.Context, state State, sandbox engine.Sandbox, change func(*Session)) bool {
+	record, ok := l.write(ctx, sandbox, func(r *Session) {
+		if !slices.Contains(next()[r.State], state) {
+			panic(fmt.Sprintf("session %s: %v cannot follow %v", l.id, state, r.State)) // a mistake of this package
+		}
+		r.State = state
+		change(r)
+	})
+	if ok {
+		l.tell(Event{Changed: &record})
 	}
-	select {
-	case <-l.ending:
-	case <-gone:
-		l.end(SandboxLost, "its sandbox ended by itself")
-	case <-expiry.C:
-		l.end(Expired, fmt.Sprintf("its lifetime of %v passed", l.record.Lifetime))
-	case <-ctx.Done():
-		return false
-	}
-	return true
+	return ok
 }
 
-// finish ends what runs in the session, then its sandbox, then records the end.
+// finish ends what runs in the session, saves what it has, ends its sandbox, and records
+// the end.
 func (l *live) finish(ctx context.Context) {
-	record := l.record
-	if record.State != Terminating {
-		l.mu.Lock()
-		record.State, record.Reason, record.Detail = Terminating, l.reason, l.detail
-		l.mu.Unlock()
-		l.publish(record, l.sandbox) // before it is recorded: nothing new may begin in it
+	l.mu.Lock()
+	if l.record.State != Terminating {
+		// Shown before it is recorded: nothing new may begin in it.
+		l.record.State, l.record.Reason, l.record.Detail = Terminating, l.reason, l.detail
+		l.notify()
 	}
+	l.mu.Unlock()
 	select {
 	case <-l.started:
 	default:
 		close(l.started)
 	}
-	if !l.persist(ctx, record) || !l.endExecutions(ctx) || !l.terminate(ctx) {
+	record, ok := l.write(ctx, l.sandbox, func(*Session) {})
+	if !ok {
 		return
 	}
+	l.tell(Event{Changed: &record})
+	if !l.endTurns(ctx) || !l.endExecutions(ctx) || !l.saveAll(ctx) || !l.terminate(ctx) || !l.dropSnapshot(ctx) {
+		return
+	}
+	l.flushNotes()
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	record = l.snapshot()
 	record.State, record.EndTime = Terminated, time.Now()
-	if l.persist(ctx, record) {
-		l.publish(record, nil)
+	if l.persist(ctx, record) && l.tellEnd(ctx, record) {
+		l.mu.Lock()
+		l.record, l.sandbox = record, nil
+		l.notify()
+		l.mu.Unlock()
 		close(l.ended)
 	}
 }
@@ -309,17 +389,22 @@ func (l *live) endExecutions(ctx context.Context) bool {
 	s.mu.Lock()
 	executions := s.executions
 	s.mu.Unlock()
+	return l.endAll(ctx, "executions", executions.EndSession)
+}
+
+// endAll has end end everything of a kind, trying again for endTime.
+func (l *live) endAll(ctx context.Context, what string, end func(ctx context.Context, sessionID string) error) bool {
 	bounded, stop := context.WithTimeoutCause(ctx, endTime, fmt.Errorf("not ended within %v", endTime))
 	defer stop()
 	for wait := firstRetry; ; wait = min(2*wait, endRetry) {
-		err := executions.EndSession(bounded, l.id)
+		err := end(bounded, l.id)
 		if ctx.Err() != nil {
 			return false
 		}
 		if err == nil {
 			return true
 		}
-		s.log.ErrorContext(ctx, "end the executions of a session", "session", l.id, "error", err)
+		l.service.log.ErrorContext(ctx, "end the "+what+" of a session", "session", l.id, "error", err)
 		if bounded.Err() != nil {
 			return true
 		}

@@ -164,7 +164,7 @@ func TestListFilters(t *testing.T) {
 
 func TestStateNames(t *testing.T) {
 	for s := range session.State(10) {
-		if name := s.String(); (name != "") != (s >= session.Starting && s <= session.Terminated) || name != "" && session.StateOf(name) != s {
+		if name := s.String(); (name != "") != (s >= session.Starting && s <= session.Resuming) || name != "" && session.StateOf(name) != s {
 			t.Errorf("%d is called %q", s, name)
 		}
 	}

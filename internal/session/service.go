@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -17,13 +18,8 @@ import (
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
+	"github.com/harvest-run/executord/internal/journal"
 )
-
-// Executions ends what runs in a session.
-type Executions interface {
-	// EndSession ends all executions of a session and returns when they have ended.
-	EndSession(ctx context.Context, sessionID string) error
-}
 
 // Pool has sandboxes that are ready.
 type Pool interface {
@@ -47,7 +43,21 @@ type Config struct {
 	Pool Pool
 	// Network decides what sandboxes reach and lets them; nil lets them reach nothing.
 	Network *egress.Gateway
-	Logger  *slog.Logger
+	// Parts are what repositories and agents need.
+	Parts Parts
+	// Dir is where the logs of sessions are kept. It is made.
+	Dir    string
+	Logger *slog.Logger
+}
+
+// Parts are what repositories and agents need: all of them, or none. Without them a session
+// is a plain sandbox.
+type Parts struct {
+	Images      Images
+	Credentials Credentials
+	Workspace   Workspace
+	Agents      Agents
+	Turns       Turns
 }
 
 // Service keeps sessions.
@@ -56,6 +66,7 @@ type Service struct {
 	log *slog.Logger
 	// requests keeps repeats of a request apart that come at the same time.
 	requests idempotency.Requests
+	journals *journal.Set
 
 	mu         sync.Mutex
 	executions Executions
@@ -74,6 +85,21 @@ type Request struct {
 	// Lifetime is counted from the creation; 0 stands for DefaultLifetime.
 	Lifetime time.Duration
 	Labels   map[string]string
+	// Repositories are cloned before it is ready; their Directory may be "".
+	Repositories []Repository
+	Identity     Identity
+	// Agent is nil for none.
+	Agent *AgentSpec
+	// Values are credentials by name, Secrets names of configured ones, Auth the content of
+	// the agent's file of log-ins.
+	Values  map[string]string
+	Secrets map[string]string
+	Auth    string
+	// IdleTimeout is after how long IdleAction is taken; 0 never.
+	IdleTimeout time.Duration
+	IdleAction  IdleAction
+	// Image is a name; "" for the default.
+	Image string
 	// Key is the name of the request, with which it can be repeated.
 	Key idempotency.Key
 }
@@ -102,8 +128,12 @@ func New(cfg Config) (*Service, error) {
 	if cfg.Admission == nil {
 		cfg.Admission = admission.New(admission.Config{})
 	}
+	journals, err := journal.NewSet(journal.Config{Dir: cfg.Dir, What: "session"})
+	if err != nil {
+		return nil, err
+	}
 	return &Service{
-		cfg: cfg, log: cfg.Logger, live: make(map[string]*live), requests: idempotency.Requests{Store: cfg.Store},
+		cfg: cfg, log: cfg.Logger, live: make(map[string]*live), requests: idempotency.Requests{Store: cfg.Store}, journals: journals,
 	}, nil
 }
 
@@ -129,6 +159,51 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	if earlier != "" {
 		return s.Get(ctx, Ref{ID: earlier, Caller: r.Caller})
 	}
+	d, err := s.details(r)
+	if err != nil {
+		return Session{}, err
+	}
+	return s.create(ctx, r, d)
+}
+
+// details checks what a session is to have beside its sandbox.
+func (s *Service) details(r Request) (Details, error) {
+	d := Details{
+		Repositories: slices.Clone(r.Repositories), Identity: r.Identity, Agent: r.Agent, Secrets: r.Secrets,
+		IdleTimeout: r.IdleTimeout, IdleAction: r.IdleAction, Image: r.Image,
+	}
+	if len(d.Repositories) == 0 && d.Agent == nil && d.Image == "" {
+		return d, nil
+	}
+	if s.cfg.Parts.Workspace == nil {
+		return d, fault.New(fault.FailedPrecondition, "NO_AGENTS", "this executord makes plain sandboxes only: without repositories, agents and images")
+	}
+	seen := make(map[string]int)
+	for i, each := range d.Repositories {
+		located, err := s.cfg.Parts.Workspace.Locate(each)
+		if err != nil {
+			return d, err
+		}
+		if first, ok := seen[located.Directory]; ok {
+			return d, fault.InvalidField("REPOSITORY", fmt.Sprintf("repositories[%d].directory", i),
+				"%q is that of repositories[%d], too; give one of them another", located.Directory, first)
+		}
+		seen[located.Directory] = i
+		d.Repositories[i] = located
+	}
+	for name := range r.Values {
+		d.Inline = append(d.Inline, name)
+	}
+	slices.Sort(d.Inline)
+	way := Way{Values: r.Values, Secrets: r.Secrets, Repositories: d.Repositories}
+	if d.Agent != nil {
+		way.Model = &d.Agent.Model
+	}
+	return d, s.cfg.Parts.Credentials.Check(way)
+}
+
+// create is Create for a request that was checked and is no repeat.
+func (s *Service) create(ctx context.Context, r Request, d Details) (Session, error) {
 	if r.Lifetime < 0 || r.Lifetime > MaxLifetime {
 		return Session{}, fault.InvalidField("LIFETIME", "lifetime", "must be up to %v, not %v", MaxLifetime, r.Lifetime)
 	}
@@ -150,22 +225,30 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	if err != nil {
 		return Session{}, err
 	}
+	d.Generation = 1
 	now := time.Now()
 	id := strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
 	record := Session{
-		ID: id, Owner: r.Caller.Owner, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id),
+		ID: id, Owner: r.Caller.Owner, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id, 1),
 		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Network: network, Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
+		Details: d,
 	}
 	slot, err := s.cfg.Admission.Acquire(ctx, admission.Need{Sandbox: true})
 	if err != nil {
 		return Session{}, err
 	}
 	runCtx, l := newLive(s, record, slot)
+	l.values, l.auth, l.begun = r.Values, r.Auth, now
 	if err := s.admit(l); err != nil {
 		slot.Release()
 		return Session{}, err
 	}
 	defer s.work.Done()
+	if l.journal, err = s.journals.Create(id); err != nil {
+		l.forget()
+		return Session{}, err
+	}
+	l.tell(Event{Started: &Started{Session: id}})
 	record = l.claim()
 	if r.Key.ID == "" {
 		err = s.cfg.Store.InsertSession(ctx, record)
@@ -180,9 +263,6 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 	s.work.Go(func() { l.lead(runCtx) })
 	return record, nil
 }
-
-// sandboxID names the sandbox of a session after it.
-func sandboxID(sessionID string) string { return "s-" + sessionID }
 
 // admit takes a session on, unless the Service is stopping. Close then waits until the
 // caller has called work.Done.
@@ -261,12 +341,19 @@ func (s *Service) Recover(ctx context.Context) error {
 	}
 	var found []*live
 	for _, record := range unfinished {
-		runCtx, l := newLive(s, record, s.cfg.Admission.Occupy(admission.Need{Sandbox: true}))
+		need := admission.Need{Sandbox: record.State != Paused}
+		runCtx, l := newLive(s, record, s.cfg.Admission.Occupy(need))
+		l.begun = time.Now()
+		if l.journal, err = s.journals.Open(record.ID); err != nil {
+			s.log.WarnContext(ctx, "a session goes on without its log", "session", record.ID, "error", err)
+		}
 		switch record.State {
 		case Running:
 			found = append(found, l)
 		case Terminating:
 			l.end(record.Reason, record.Detail)
+		case Pausing, Paused, Resuming:
+			close(l.started)
 		}
 		s.mu.Lock()
 		s.live[l.id] = l
@@ -311,12 +398,19 @@ func (s *Service) Get(ctx context.Context, ref Ref) (Session, error) {
 	return record, err
 }
 
-// WaitStarted returns a session when it has left Starting. When ctx ends first it
+// WaitStarted returns a session when it has left Starting, and Resuming. When ctx ends first it
 // returns the session as it is, and ctx's cause.
 func (s *Service) WaitStarted(ctx context.Context, ref Ref) (Session, error) {
 	if l, ok := s.visible(ref); ok {
-		err := l.wait(ctx, l.started)
-		return l.snapshot(), err
+		if err := l.wait(ctx, l.started); err != nil {
+			return l.snapshot(), err
+		}
+		// One that is resumed is waited for, too.
+		record, err := l.until(ctx, func(r Session) bool { return r.State != Resuming })
+		if ctx.Err() == nil && record.State != Resuming {
+			err = nil
+		}
+		return record, err
 	}
 	record, err := s.Get(ctx, ref)
 	if err == nil && record.State == Starting {
@@ -384,6 +478,7 @@ func (s *Service) Sandbox(ctx context.Context, id string, by caller.Caller) (eng
 
 func notRunning(record Session) error {
 	why := map[State]string{
+		Pausing: "is being paused", Paused: "is paused; resume it first", Resuming: "is being resumed; wait for it",
 		Starting: "is being started; wait for it", Terminating: "is being ended", Terminated: "has ended (" + string(record.Reason) + ")",
 	}[record.State]
 	return fault.New(fault.FailedPrecondition, "SESSION_NOT_RUNNING", "session %q %s", record.ID, why)
@@ -434,5 +529,5 @@ func (s *Service) Close() error {
 	s.mu.Unlock()
 	s.cfg.Admission.Drain()
 	s.work.Wait()
-	return nil
+	return s.journals.Close()
 }

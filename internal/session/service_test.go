@@ -37,7 +37,7 @@ func TestLife(t *testing.T) {
 		}
 		want := session.Session{
 			ID: s.ID, State: session.Starting, Engine: "fake", Sandbox: "s-" + s.ID, Limits: engine.Limits{MemoryBytes: 1 << 30, PIDs: 9}, Network: egress.None(),
-			Lifetime: session.DefaultLifetime, Labels: map[string]string{"a": "b"}, CreateTime: begin,
+			Lifetime: session.DefaultLifetime, Labels: map[string]string{"a": "b"}, CreateTime: begin, Details: session.Details{Generation: 1},
 		}
 		if diff := cmp.Diff(want, s); diff != "" || len(s.ID) != 26 {
 			t.Errorf("id %q (-want +got):\n%s", s.ID, diff)
@@ -751,7 +751,7 @@ func TestWithoutALogger(t *testing.T) {
 			return nil
 		}}})
 		t.Cleanup(fake.Shutdown)
-		s, err := session.New(session.Config{Engine: fake, Store: newMemory()})
+		s, err := session.New(session.Config{Engine: fake, Store: newMemory(), Dir: t.TempDir()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -774,7 +774,7 @@ func TestNoRoom(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r := newRig(t, enginefake.Hooks{})
 		var full error
-		s, err := session.New(session.Config{Engine: r.fake, Store: r.store, CheckRoom: func() error { return full }})
+		s, err := session.New(session.Config{Engine: r.fake, Store: r.store, Dir: t.TempDir(), CheckRoom: func() error { return full }})
 		if err != nil {
 			t.Fatal(err)
 		}

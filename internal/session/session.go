@@ -36,12 +36,14 @@ type Session struct {
 	CreateTime time.Time
 	// EndTime is zero until it ended.
 	EndTime time.Time
+	// Details are what the store keeps as a whole.
+	Details Details
 }
 
 // ExpireTime is when its lifetime ends.
 func (s Session) ExpireTime() time.Time { return s.CreateTime.Add(s.Lifetime) }
 
-// State of a session. The order is that of a life: it never goes back.
+// State of a session.
 type State uint8
 
 // The states.
@@ -54,7 +56,36 @@ const (
 	Terminating
 	// Terminated: Reason says why.
 	Terminated
+	// Pausing: a snapshot of its sandbox is being made, and the sandbox is being ended.
+	Pausing
+	// Paused: it has no sandbox, and Details.Snapshot is what it goes on from.
+	Paused
+	// Resuming: its sandbox is being made from a snapshot.
+	Resuming
 )
+
+// Stage is where in a life a state lies: Starting, Running, Terminating or Terminated. A
+// life never goes back from one to another; within Running it pauses and resumes.
+func (s State) Stage() State {
+	switch s {
+	case Pausing, Paused, Resuming:
+		return Running
+	default:
+		return s
+	}
+}
+
+// next are the states that can follow each.
+func next() map[State][]State {
+	return map[State][]State{
+		Starting:    {Running, Terminating},
+		Running:     {Pausing, Terminating},
+		Pausing:     {Paused, Resuming, Running, Terminating}, // Resuming: handed over to another sandbox; Running: no snapshot could be made
+		Paused:      {Resuming, Terminating},
+		Resuming:    {Running, Paused, Terminating}, // Paused: no sandbox could be made
+		Terminating: {Terminated},
+	}
+}
 
 // EndReason says why a session ended.
 type EndReason string
@@ -66,6 +97,7 @@ const (
 	StartFailed   EndReason = "START_FAILED"
 	SandboxLost   EndReason = "SANDBOX_LOST"
 	ServerStopped EndReason = "SERVER_STOPPED"
+	Idle          EndReason = "IDLE"
 )
 
 // DefaultLifetime is what a session gets that says nothing else.
@@ -80,8 +112,8 @@ type Store interface {
 	// InsertSessionOnce records a new one together with the request for it, or neither;
 	// a fault AlreadyExists (REQUEST_ID_REUSED) if the request's name is taken.
 	InsertSessionOnce(ctx context.Context, key idempotency.Key, s Session) error
-	// UpdateSession replaces what can change in a life: State, Reason, Detail,
-	// Engine, Sandbox, Limits, EndTime. A fault NotFound if there is no such session.
+	// UpdateSession replaces what can change in a life: all but ID, Owner, Network and
+	// CreateTime. A fault NotFound if there is no such session.
 	UpdateSession(ctx context.Context, s Session) error
 	// GetSession reads one; a fault NotFound (SESSION_NOT_FOUND) if there is none.
 	GetSession(ctx context.Context, id string) (Session, error)

@@ -24,7 +24,7 @@ type house struct {
 
 func openHouse(t *testing.T, fake *enginefake.Engine, st *store.Store, dir string) *house {
 	t.Helper()
-	sessions, err := session.New(session.Config{Engine: fake, Store: st})
+	sessions, err := session.New(session.Config{Engine: fake, Store: st, Dir: t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,14 +12,14 @@ import (
 
 const (
 	insertSession = `INSERT INTO sessions (id, state, reason, detail, engine, sandbox, limits, lifetime, labels,
-		create_time, end_time, owner, network) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+		create_time, end_time, owner, network, details, phase) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
 
 	// The condition on state keeps a life from going back, whoever writes last.
 	updateSession = `UPDATE sessions SET state = ?1, reason = ?2, detail = ?3, engine = ?4, sandbox = ?5,
-		limits = ?6, end_time = ?7 WHERE id = ?8 AND state <= ?1`
+		limits = ?6, end_time = ?7, lifetime = ?8, labels = ?9, details = ?10, phase = ?11 WHERE id = ?12 AND state <= ?1`
 
 	selectSession = `SELECT id, state, reason, detail, engine, sandbox, limits, lifetime, labels,
-		create_time, end_time, owner, network FROM sessions `
+		create_time, end_time, owner, network, details, phase FROM sessions `
 
 	getSession         = selectSession + `WHERE id = ?`
 	listSessions       = selectSession + `WHERE id < ? ORDER BY id DESC LIMIT ?`
@@ -51,8 +51,12 @@ func (s *Store) insertSessionWith(ctx context.Context, one session.Session, inse
 	if err != nil {
 		return fmt.Errorf("insert session %q: %w", one.ID, err)
 	}
-	err = insert(ctx, one.ID, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
-		limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime), one.Owner, network)
+	details, err := toJSON("details", one.Details)
+	if err != nil {
+		return fmt.Errorf("insert session %q: %w", one.ID, err)
+	}
+	err = insert(ctx, one.ID, one.State.Stage(), one.Reason, one.Detail, one.Engine, one.Sandbox,
+		limits, one.Lifetime, labels, one.CreateTime.UnixNano(), timeColumn(one.EndTime), one.Owner, network, details, phaseColumn(one.State))
 	if isDuplicate(err) {
 		return fault.New(fault.AlreadyExists, "SESSION_EXISTS", "session %q exists", one.ID)
 	}
@@ -69,9 +73,17 @@ func (s *Store) UpdateSession(ctx context.Context, one session.Session) error {
 	if err != nil {
 		return fmt.Errorf("update session %q: %w", one.ID, err)
 	}
+	labels, err := labelsColumn(one.Labels)
+	if err != nil {
+		return fmt.Errorf("update session %q: %w", one.ID, err)
+	}
+	details, err := toJSON("details", one.Details)
+	if err != nil {
+		return fmt.Errorf("update session %q: %w", one.ID, err)
+	}
 	err = s.writeDurably(ctx, func(ctx context.Context) error {
-		done, err := changed(s.updateSession.ExecContext(ctx, one.State, one.Reason, one.Detail, one.Engine, one.Sandbox,
-			limits, timeColumn(one.EndTime), one.ID))
+		done, err := changed(s.updateSession.ExecContext(ctx, one.State.Stage(), one.Reason, one.Detail, one.Engine, one.Sandbox,
+			limits, timeColumn(one.EndTime), one.Lifetime, labels, details, phaseColumn(one.State), one.ID))
 		if done || err != nil {
 			return err
 		}
@@ -80,7 +92,7 @@ func (s *Store) UpdateSession(ctx context.Context, one session.Session) error {
 			return err
 		}
 		return fault.New(fault.FailedPrecondition, "SESSION_ENDED",
-			"its state %d must not go back to %d", state, one.State)
+			"its state %d must not go back to %d", state, one.State.Stage())
 	})
 	return sessionError("update", one.ID, err)
 }
@@ -140,17 +152,30 @@ func sessionError(action, id string, err error) error {
 	}
 }
 
+// phaseColumn is a state within a stage; 0 where it is the stage's own.
+func phaseColumn(s session.State) session.State {
+	if s == s.Stage() {
+		return 0
+	}
+	return s
+}
+
 func scanSession(r row) (session.Session, error) {
 	var (
 		one                     session.Session
 		limits, labels, network sql.NullString
+		details                 sql.NullString
 		create                  int64
 		end                     sql.NullInt64
+		phase                   session.State
 	)
 	err := r.Scan(&one.ID, &one.State, &one.Reason, &one.Detail, &one.Engine, &one.Sandbox,
-		&limits, &one.Lifetime, &labels, &create, &end, &one.Owner, &network)
+		&limits, &one.Lifetime, &labels, &create, &end, &one.Owner, &network, &details, &phase)
 	if err != nil {
 		return session.Session{}, err
+	}
+	if phase != 0 {
+		one.State = phase
 	}
 	one.CreateTime = fromTimeColumn(sql.NullInt64{Int64: create, Valid: true})
 	one.EndTime = fromTimeColumn(end)
@@ -158,6 +183,7 @@ func scanSession(r row) (session.Session, error) {
 		fromJSON("limits", limits, &one.Limits),
 		fromJSON("labels", labels, &one.Labels),
 		fromJSON("network", network, &one.Network),
+		fromJSON("details", details, &one.Details),
 	)
 	if err != nil {
 		return session.Session{}, fmt.Errorf("session %q: %w", one.ID, err)

@@ -35,18 +35,46 @@ func TestSessionRoundTripAndUpdate(t *testing.T) {
 	update := session.Session{
 		ID: "a", State: session.Terminated, Reason: session.Expired, Detail: "lived\x00long", Engine: "e", Sandbox: "b",
 		Limits: engine.Limits{MemoryBytes: 7}, EndTime: someTime.Add(5),
-		// These are not replaced.
-		Lifetime: 1, Labels: map[string]string{"other": ""}, CreateTime: someTime.Add(1),
+		Lifetime: 1, Labels: map[string]string{"other": ""}, Details: session.Details{Generation: 2, Snapshot: "x"},
+		// This is not replaced.
+		CreateTime: someTime.Add(1),
 	}
 	if err := s.UpdateSession(t.Context(), update); err != nil {
 		t.Fatal(err)
 	}
-	update.Lifetime, update.Labels, update.CreateTime = want.Lifetime, want.Labels, want.CreateTime
+	update.CreateTime = want.CreateTime
 	want = update
 	check()
 	closeStore(t, s)
 	s = open(t, dir)
 	check()
+}
+
+// TestSessionPhases keeps the states within a stage, and lets them follow one another.
+func TestSessionPhases(t *testing.T) {
+	s := open(t, t.TempDir())
+	one := newSession("a")
+	if err := s.InsertSession(t.Context(), one); err != nil {
+		t.Fatal(err)
+	}
+	for _, state := range []session.State{session.Running, session.Pausing, session.Paused, session.Resuming, session.Running, session.Pausing} {
+		one.State = state
+		if err := s.UpdateSession(t.Context(), one); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.GetSession(t.Context(), "a"); err != nil || got.State != state {
+			t.Errorf("%v, %v; want %v", got.State, err, state)
+		}
+		if all, err := s.UnfinishedSessions(t.Context()); err != nil || len(all) != 1 {
+			t.Errorf("%v, %v", all, err)
+		}
+	}
+	one.State = session.Terminated
+	if err := s.UpdateSession(t.Context(), one); err != nil {
+		t.Fatal(err)
+	}
+	one.State = session.Paused
+	wantFault(t, s.UpdateSession(t.Context(), one), fault.FailedPrecondition, "SESSION_ENDED")
 }
 
 func TestSessionFaults(t *testing.T) {

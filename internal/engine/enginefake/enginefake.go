@@ -32,6 +32,10 @@ type Config struct {
 	Limits engine.Limits
 	// Lifetime is how long sandboxes live at most; 0 for any time.
 	Lifetime time.Duration
+	// Placement takes any; otherwise each is refused.
+	Placement bool
+	// Secrets are the names of those that there are.
+	Secrets []string
 	// Connect returns what serves connections to a port of a sandbox's loopback, or nil if
 	// nobody listens there. A connection lasts until its server returns, and the server
 	// must return when the connection is closed. Its halves are not closed by themselves.
@@ -52,6 +56,8 @@ type Hooks struct {
 	Usage func(ctx context.Context, id string) (engine.Usage, error)
 	// Snapshot is called before one is made, Commit before volumes are committed.
 	Snapshot, Commit func(ctx context.Context, id string) error
+	// These are called with the name of the image or volume, before it is done.
+	ImageExists, DeleteImage, EnsureVolume, DeleteVolume func(ctx context.Context, name string) error
 	// List can fail.
 	List func(ctx context.Context) error
 	// Ask is called with each request before it is done; false drops it, and nothing
@@ -82,9 +88,9 @@ type Engine struct {
 	made      []string
 	started   []string
 	specs     map[string]engine.Spec
-	images    map[engine.ImageRef]string // the sandbox that each was made of
-	snapshots int
-	volumes   map[string]bool
+	images    map[engine.ImageRef]time.Time // until when; zero for always
+	snapshots []Snapshot
+	volumes   map[string]int // how often each was committed
 }
 
 var _ engine.Engine = (*Engine)(nil)
@@ -96,7 +102,7 @@ func New(cfg Config) *Engine {
 	}
 	return &Engine{
 		cfg: cfg, sandboxes: make(map[string]*sandbox), specs: make(map[string]engine.Spec),
-		images: make(map[engine.ImageRef]string), volumes: make(map[string]bool),
+		images: make(map[engine.ImageRef]time.Time), volumes: make(map[string]int),
 	}
 }
 
@@ -186,7 +192,8 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 	return nil
 }
 
-// CheckSpec also refuses images and volumes that are not there, and all placement.
+// CheckSpec also refuses images and volumes that are not there, and placement and secrets
+// that are not in the Config.
 func (e *Engine) CheckSpec(spec engine.Spec) error {
 	if err := e.CheckLimits(spec.Limits); err != nil {
 		return err
@@ -196,19 +203,21 @@ func (e *Engine) CheckSpec(spec engine.Spec) error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if _, ok := e.images[spec.Image]; spec.Image != "" && !ok {
+	if spec.Image != "" && !e.hasImage(spec.Image) {
 		return fault.New(fault.NotFound, "IMAGE_NOT_FOUND", "there is no image %q", spec.Image)
 	}
 	for _, m := range spec.Volumes {
-		if !e.volumes[m.Name] {
+		if _, ok := e.volumes[m.Name]; !ok {
 			return fault.New(fault.NotFound, "VOLUME_NOT_FOUND", "there is no volume %q", m.Name)
 		}
 	}
-	if !spec.Placement.IsZero() {
+	if !e.cfg.Placement && !spec.Placement.IsZero() {
 		return fault.New(fault.FailedPrecondition, "PLACEMENT_NOT_AVAILABLE", "there is no choice of places")
 	}
-	if len(spec.Secrets) > 0 {
-		return fault.New(fault.FailedPrecondition, "SECRETS_NOT_AVAILABLE", "there are no named secrets")
+	for _, name := range spec.Secrets {
+		if !slices.Contains(e.cfg.Secrets, name) {
+			return fault.New(fault.FailedPrecondition, "SECRETS_NOT_AVAILABLE", "there is no secret %q", name)
+		}
 	}
 	return nil
 }
@@ -238,11 +247,15 @@ func (e *Engine) adopt(spec engine.Spec) *sandbox {
 		return sb
 	}
 	sb := &sandbox{
-		engine: e, id: spec.ID, limits: spec.Limits.Or(e.cfg.Limits), done: make(chan struct{}),
+		engine: e, id: spec.ID, spec: spec, limits: spec.Limits.Or(e.cfg.Limits), done: make(chan struct{}),
 		commands: make(map[string]*command), pipes: make(map[net.Conn]struct{}),
 	}
 	if e.cfg.Lifetime > 0 {
-		sb.deadline = time.Now().Add(e.cfg.Lifetime)
+		life := e.cfg.Lifetime
+		if spec.Lifetime > 0 {
+			life = min(life, spec.Lifetime)
+		}
+		sb.deadline = time.Now().Add(life)
 	}
 	e.sandboxes[spec.ID] = sb
 	e.made = append(e.made, spec.ID)
@@ -307,6 +320,7 @@ var errDead = errors.New("the sandbox has ended")
 type sandbox struct {
 	engine *Engine
 	id     string
+	spec   engine.Spec
 	limits engine.Limits
 	// deadline is only told: a test that wants it to come calls Die.
 	deadline time.Time

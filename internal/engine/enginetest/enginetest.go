@@ -67,7 +67,8 @@ type testCase struct {
 }
 
 func all() []testCase {
-	return slices.Concat(lifeCases(), endCases(), commandCases(), interactiveCases(), limitCases(), fileLimitCases())
+	return slices.Concat(lifeCases(), endCases(), commandCases(), interactiveCases(), limitCases(), fileLimitCases(),
+		imageCases(), volumeCases(), connectCases())
 }
 
 // patience bounds waits for things that take milliseconds: long enough for a loaded
@@ -81,6 +82,8 @@ type house struct {
 	engine  engine.Engine
 	clients []*guestclient.Client
 	count   int // of commands, for their ids
+	images  []engine.ImageRef
+	volumes []string
 }
 
 // ctx bounds one step of a case.
@@ -128,6 +131,16 @@ func (h *house) leave() {
 		}
 	}
 	h.mustList(ctx)
+	for _, ref := range h.images {
+		if err := h.engine.Images().Delete(ctx, ref); err != nil {
+			h.t.Errorf("delete image %s at the end of the case: %v", ref, err)
+		}
+	}
+	for _, name := range h.volumes {
+		if err := h.engine.Volumes().Delete(ctx, name); err != nil {
+			h.t.Errorf("delete volume %s at the end of the case: %v", name, err)
+		}
+	}
 	if err := h.engine.Close(); err != nil {
 		h.t.Errorf("close the engine: %v", err)
 	}

@@ -269,7 +269,7 @@ func makeGroups(g *cgroup.Group, limits cgroup.Limits) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(guest.Close(), g.CreateForCommands(limits, 0x60000000))
+	return errors.Join(guest.Close(), g.CreateForCommands(0x60000000), g.Limit(limits))
 }
 
 func mkdir(t *testing.T, dir string) {

@@ -34,6 +34,7 @@ func TestConformance(t *testing.T) {
 	}
 	enginetest.Run(t, func(t *testing.T) enginetest.Place {
 		cfg := testConfig(t)
+		cfg.Blank = 2 // the other tests have none
 		return enginetest.Place{
 			Open: func(t *testing.T) engine.Engine { return openEngine(t, cfg) },
 			KillGuest: func(t *testing.T, id string) {

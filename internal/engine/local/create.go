@@ -12,7 +12,7 @@ import (
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local/cgroup"
 	"github.com/harvest-run/executord/internal/engine/local/hostimage"
-	"github.com/harvest-run/executord/internal/guest/forkserver"
+	"github.com/harvest-run/executord/internal/fault"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
@@ -40,57 +40,75 @@ func keptCapabilities() []uint32 {
 	}
 }
 
-// create makes a sandbox from nothing. On an error nothing of it is left.
-func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err error) {
+// create makes a sandbox: out of a guest that is ready, or from nothing. On an error
+// nothing of it is left.
+func (e *Engine) create(ctx context.Context, spec engine.Spec) (*sandbox, error) {
+	if spec.Network != engine.NetworkHost { // a blank one has a network of its own
+		if b := e.blanks.take(); b != nil {
+			sb, err := e.createIn(ctx, spec, b)
+			if err == nil || ctx.Err() != nil {
+				return sb, err
+			}
+			// Whatever was wrong with it, a fresh one has it not, or tells it.
+			e.cfg.Logger.Warn("a guest that was ready could not be used, another is made", "sandbox", spec.ID, "error", err)
+		}
+	}
+	b, err := e.reserve(spec.ID)
+	if fault.KindOf(err) == fault.Exhausted {
+		// The last of the user ids may be those of a guest that nobody needs yet.
+		if spare := e.blanks.take(); spare != nil {
+			if err := spare.discard(ctx); err != nil {
+				return nil, err
+			}
+			b, err = e.reserve(spec.ID)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return e.createIn(ctx, spec, b)
+}
+
+// createIn makes a sandbox out of b, whose guest is forked if it is not yet, and which
+// is used up.
+func (e *Engine) createIn(ctx context.Context, spec engine.Spec, b *blank) (_ *sandbox, err error) {
 	sb := e.newSandbox(spec.ID)
 	sb.limits = spec.Limits.Or(e.DefaultLimits())
+	sb.group, sb.process = b.group, b.process
 	defer func() {
 		if err != nil {
 			// The caller's context may be what ended this: the clean-up has its own.
 			clean, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), time.Minute, errors.New("clean-up took too long"))
 			defer cancel()
-			err = errors.Join(err, sb.remove(clean))
+			err = errors.Join(err, sb.remove(clean), b.forget())
 			if sb.process != nil {
 				sb.process.fd.Close()
 			}
 		}
 	}()
+	defer b.close()
+	if err := sb.hold(spec); err != nil {
+		return nil, err
+	}
 	s := newSetup(spec.ID, e, sb.limits)
 	defer s.close()
-	request := forkserver.Request{UID: uint32(os.Geteuid()), GID: uint32(os.Getegid()), IDs: 1}
-	if e.root {
-		first, held, err := e.uids.claim()
-		if err != nil {
-			return nil, err
-		}
-		s.message.HeldFds = append(s.message.HeldFds, s.add(held))
-		request = forkserver.Request{UID: first, GID: first, IDs: idsPerSandbox, Setgroups: true}
-		sb.group = e.groups.Open(sb.id)
+	if b.ids != nil {
+		s.message.HeldFds = append(s.message.HeldFds, s.add(b.ids))
+		b.ids = nil
 	}
-	if spec.Network == engine.NetworkHost {
-		request.HostNetwork, s.message.HostNetwork = true, true
-	}
+	s.message.HostNetwork = spec.Network == engine.NetworkHost
 	// Written down before there are control groups: wherever executord dies, they are found.
 	rec, err := newRecordFile(sb)
 	if err != nil {
 		return nil, err
 	}
 	defer rec.close()
-	var guestGroup *os.File
-	if sb.group != nil {
-		if guestGroup, err = sb.group.CreateForGuest(); err != nil {
+	waiting := b.process != nil
+	if !waiting {
+		if err := b.prepare(); err != nil {
 			return nil, err
 		}
 	}
-	if guestGroup != nil {
-		defer guestGroup.Close()
-		request.Cgroup = true
-	}
-	ours, theirs, err := setupSocket()
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = ours.Close() }()
 
 	// What takes no guest is made while it is being forked.
 	var (
@@ -98,31 +116,39 @@ func (e *Engine) create(ctx context.Context, spec engine.Spec) (_ *sandbox, err 
 		img    *hostimage.Image
 	)
 	beside.Go(func() (err error) {
-		img, err = e.besideTheFork(ctx, sb, s, int(request.UID))
+		img, err = e.besideTheFork(ctx, sb, s, b, waiting)
 		return err
 	})
-	sb.process, err = e.forker.fork(ctx, request, theirs, guestGroup)
-	theirs.Close() // so that the end of the guest's is noticed
+	if !waiting {
+		err = b.fork(ctx, s.message.GetHostNetwork())
+		sb.process = b.process
+	}
 	if err := errors.Join(err, beside.Wait()); err != nil {
 		return nil, err
 	}
 	// Before the guest knows what to do: if executord dies from here on, either the
 	// guest notices the end of the socket and goes, or it is found by this record.
-	if err := rec.write(sb, e.boot); err != nil {
+	if err := errors.Join(rec.write(sb, e.boot), b.forget()); err != nil {
 		return nil, err
 	}
 	if err := e.addLayers(s, sb, img); err != nil {
 		return nil, err
 	}
-	if err := s.send(ctx, ours); err != nil {
+	if waiting {
+		// It has shown no sign of life yet.
+		limited, cancel := context.WithTimeoutCause(ctx, e.blanks.patience, errors.New("the guest that was ready did not answer"))
+		defer cancel()
+		ctx = limited
+	}
+	if err := s.send(ctx, b.setup); err != nil {
 		return nil, err
 	}
 	return sb, nil
 }
 
 // besideTheFork makes what takes no guest: the layers' directories, the socket and the
-// control groups of the commands, which belong to the user owner of the host.
-func (e *Engine) besideTheFork(ctx context.Context, sb *sandbox, s *setup, owner int) (*hostimage.Image, error) {
+// control groups of the commands with their limits; a guest that waited has its groups.
+func (e *Engine) besideTheFork(ctx context.Context, sb *sandbox, s *setup, b *blank, waiting bool) (*hostimage.Image, error) {
 	img, err := e.images.Prepare()
 	if err != nil {
 		return nil, err
@@ -143,9 +169,12 @@ func (e *Engine) besideTheFork(ctx context.Context, sb *sandbox, s *setup, owner
 	if sb.group == nil {
 		return img, nil
 	}
-	err = sb.group.CreateForCommands(cgroup.Limits{
-		MemoryBytes: sb.limits.MemoryBytes, PIDs: sb.limits.PIDs, CPUMillis: sb.limits.CPUMillis,
-	}, owner)
+	if !waiting {
+		if err := sb.group.CreateForCommands(b.owner()); err != nil {
+			return nil, err
+		}
+	}
+	err = sb.group.Limit(cgroup.Limits{MemoryBytes: sb.limits.MemoryBytes, PIDs: sb.limits.PIDs, CPUMillis: sb.limits.CPUMillis})
 	if err != nil {
 		return nil, err
 	}

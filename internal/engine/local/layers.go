@@ -107,14 +107,22 @@ func (e *Engine) addLayers(s *setup, sb *sandbox, img *hostimage.Image) error {
 	if own == nil {
 		own = func() (*guestv1.Layer, error) { return layer(filepath.Join(sb.dir, layerName), false) }
 	}
+	images, err := e.imageLayers(sb, img)
+	if err != nil {
+		return err
+	}
 	for _, tree := range trees(img) {
 		lower := tree
 		if tree == "/" {
 			lower = img.Skeleton
 		}
-		below, err := layer(lower, true)
-		if err != nil {
-			return err
+		var below []*guestv1.Layer
+		for _, path := range append(images[tree], lower) {
+			l, err := layer(path, true)
+			if err != nil {
+				return err
+			}
+			below = append(below, l)
 		}
 		// One mount for each overlay: two of them may not share an upper's mount.
 		writable, err := own()
@@ -122,10 +130,10 @@ func (e *Engine) addLayers(s *setup, sb *sandbox, img *hostimage.Image) error {
 			return err
 		}
 		s.message.Overlays = append(s.message.Overlays, &guestv1.Overlay{
-			Target: tree, Lower: []*guestv1.Layer{below}, Writable: writable, WritableName: overlayName(tree),
+			Target: tree, Lower: below, Writable: writable, WritableName: overlayName(tree),
 		})
 	}
-	return nil
+	return e.addVolumes(s, sb, layer)
 }
 
 // overlayName is the directory of a tree's own layer.

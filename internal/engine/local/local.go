@@ -55,6 +55,9 @@ type Config struct {
 	Defaults engine.Limits
 	// ExtraPaths are further directories of the host that sandboxes see, like /usr.
 	ExtraPaths []string
+	// Blank is how many guests are kept ready to become sandboxes: processes in
+	// namespaces of their own that wait, without a root file system. 0 keeps none.
+	Blank int
 	// Logger gets what no caller is told; nil drops it.
 	Logger *slog.Logger
 }
@@ -67,22 +70,28 @@ type Engine struct {
 	boot    string // the id of this run of the host
 	images  *hostimage.Images
 	forker  *forker
+	blanks  *blanks      // nil if none are kept
 	groups  *cgroup.Host // nil for an ordinary user
 	uids    *uidRanges
 	disks   *disk.Maker // nil for an ordinary user
 	filter  []byte
 	capable []engine.Capability
+	// What sandboxes are made from besides the host, and what outlives them.
+	snapshots *imageStore
+	volumes   *volumeStore
 
 	mu        sync.Mutex
 	sandboxes map[string]*sandbox
 	creating  map[string]chan struct{}
 	watchers  sync.WaitGroup
+	// background is work that nobody waits for any more but Close.
+	background sync.WaitGroup
 }
 
 // New prepares the engine and makes one sandbox to see that it can. Its errors say
 // what is missing on this host and how to get it.
 func New(ctx context.Context, cfg Config) (*Engine, error) {
-	e, err := prepare(cfg)
+	e, err := prepare(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -90,11 +99,15 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, errors.Join(err, e.Close())
 	}
 	e.capable = e.capabilities()
+	if cfg.Blank > 0 {
+		e.blanks = newBlanks(ctx, e, cfg.Blank)
+	}
+	e.snapshots.start()
 	return e, nil
 }
 
 // prepare does all of New but the trial.
-func prepare(cfg Config) (_ *Engine, err error) {
+func prepare(ctx context.Context, cfg Config) (_ *Engine, err error) {
 	if len(cfg.Guest) == 0 {
 		return nil, errors.New("the local engine has no executor-guest to start")
 	}
@@ -121,6 +134,12 @@ func prepare(cfg Config) (_ *Engine, err error) {
 	if err := e.apart(); err != nil {
 		return nil, err
 	}
+	if e.snapshots, err = openImageStore(e.dir, e.sandboxDir(""), cfg.Logger); err != nil {
+		return nil, err
+	}
+	if e.volumes, err = openVolumeStore(e.dir, e.sandboxDir("")); err != nil {
+		return nil, err
+	}
 	program, err := guestFile(cfg.Guest)
 	if err != nil {
 		return nil, err
@@ -141,6 +160,9 @@ func prepare(cfg Config) (_ *Engine, err error) {
 		if e.groups, err = cgroup.Find("executord-"+e.key(), cfg.CgroupParent); err != nil {
 			return nil, fmt.Errorf("find control groups: %w", err)
 		}
+	}
+	if err := e.sweepBlanks(ctx); err != nil {
+		return nil, fmt.Errorf("remove guests that waited: %w", err)
 	}
 	if e.filter, err = seccomp.Assemble(e.commandGroups()); err != nil {
 		return nil, err
@@ -261,30 +283,6 @@ func (e *Engine) CheckLimits(l engine.Limits) error {
 		}
 	}
 	return e.checkFiles(l)
-}
-
-// CheckSpec refuses what there is not.
-func (e *Engine) CheckSpec(spec engine.Spec) error {
-	if err := e.CheckLimits(spec.Limits); err != nil {
-		return err
-	}
-	if err := engine.CheckVolumes(spec.Volumes); err != nil {
-		return fault.New(fault.Invalid, "VOLUMES", "%v", err)
-	}
-	missing := func(reason, what string) error {
-		return fault.New(fault.FailedPrecondition, reason, "the local engine has no %s", what)
-	}
-	switch {
-	case spec.Image != "":
-		return missing("IMAGE_NOT_AVAILABLE", "images")
-	case len(spec.Volumes) > 0:
-		return missing("VOLUMES_NOT_AVAILABLE", "volumes")
-	case !spec.Placement.IsZero():
-		return missing("PLACEMENT_NOT_AVAILABLE", "choice of places")
-	case len(spec.Secrets) > 0:
-		return missing("SECRETS_NOT_AVAILABLE", "named secrets")
-	}
-	return nil
 }
 
 // Create makes a sandbox, or returns the one that has the id and lives.
@@ -421,7 +419,11 @@ func (e *Engine) List(context.Context) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		ids = append(ids, names...)
+		for _, name := range names {
+			if validID(name) { // else it is a guest's that is no sandbox yet
+				ids = append(ids, name)
+			}
+		}
 	}
 	slices.Sort(ids)
 	return slices.Compact(ids), nil
@@ -438,10 +440,12 @@ func (e *Engine) Close() error {
 		sb.process.stopWatching()
 	}
 	e.watchers.Wait()
+	e.snapshots.close()
+	e.background.Wait()
 	for _, sb := range followed {
 		sb.process.fd.Close()
 	}
-	var errs []error
+	errs := []error{e.blanks.close()}
 	if e.groups != nil {
 		errs = append(errs, e.groups.Close())
 	}

@@ -38,7 +38,7 @@ func Probe(ctx context.Context, cfg Config) []engine.Capability {
 	}
 	cfg.StateDir = filepath.Join(cfg.StateDir, "probe")
 	defer func() { _ = os.RemoveAll(cfg.StateDir) }() // what is left is there for the next
-	e, err := prepare(cfg)
+	e, err := prepare(ctx, cfg)
 	if err != nil {
 		return impossible(err)
 	}
@@ -75,6 +75,10 @@ func (e *Engine) capabilities() []engine.Capability {
 	add("limit.disk", ok, detail, hint)
 	ok, _, detail, hint = canLimitFiles()
 	add("limit.open_files", ok, detail, hint)
+	ok, detail, hint = e.canSnapshot()
+	add("snapshot", ok, detail, hint)
+	add("images", true, "sandboxes start from snapshots, whose layers they share", "")
+	add("volumes", true, "directories of the host that several sandboxes share; without a limit of size", "")
 	if e.groups != nil {
 		ok, detail := e.groups.CanKill()
 		add("kill.cgroup", ok, detail, "mount the cgroup2 file system; until then trees are followed through /proc")

@@ -89,6 +89,15 @@ func ended(pidfd int) bool {
 	return err == nil && n > 0
 }
 
+// hasEnded says whether the process has.
+func (p *process) hasEnded() bool {
+	gone := true
+	if raw, err := p.fd.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { gone = ended(int(fd)) })
+	}
+	return gone
+}
+
 // kill ends the process; process 1 of its namespace takes all others with it.
 func (p *process) kill() {
 	raw, err := p.fd.SyscallConn()

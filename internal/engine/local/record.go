@@ -24,6 +24,9 @@ type record struct {
 	// Loop is the number of the loop device of the sandbox's disk; nil if it has none, or
 	// none yet.
 	Loop *int `json:"loop,omitempty"`
+	// Layers are those of the image that it was made from, and Volumes the names of its own.
+	Layers  []string `json:"layers,omitempty"`
+	Volumes []string `json:"volumes,omitempty"`
 }
 
 // recordFile is the record of a sandbox that is being made.
@@ -58,7 +61,7 @@ func (r *recordFile) write(sb *sandbox, boot string) error {
 }
 
 func recordOf(sb *sandbox) record {
-	r := record{Limits: sb.limits, Loop: sb.loop}
+	r := record{Limits: sb.limits, Loop: sb.loop, Layers: sb.layers, Volumes: sb.volumes}
 	if sb.group != nil {
 		r.Groups = sb.group.Paths()
 	}

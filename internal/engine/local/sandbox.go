@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/harvest-run/executord/internal/engine"
@@ -22,9 +23,14 @@ type sandbox struct {
 	limits  engine.Limits
 	group   *cgroup.Group // nil for an ordinary user
 	process *process
-	loop    *int // the number of the loop device of its disk; nil if it has none
+	layers  []string             // of its image, the uppermost first
+	volumes []string             // the names of those that it has
+	mounts  []engine.VolumeMount // of one that is being made
+	loop    *int                 // the number of the loop device of its disk; nil if it has none
 
 	done chan struct{} // closed when the guest has ended
+
+	snapshots *snapshotting
 
 	ending  chan struct{} // has room for the one Terminate that works
 	ended   bool
@@ -32,7 +38,7 @@ type sandbox struct {
 }
 
 func (e *Engine) newSandbox(id string) *sandbox {
-	return &sandbox{engine: e, id: id, dir: e.sandboxDir(id), done: make(chan struct{}), ending: make(chan struct{}, 1)}
+	return &sandbox{engine: e, id: id, dir: e.sandboxDir(id), done: make(chan struct{}), ending: make(chan struct{}, 1), snapshots: newSnapshotting()}
 }
 
 // adopt finds a sandbox that an executord before this one made. If it is dead, or
@@ -42,13 +48,21 @@ func (e *Engine) adopt(id string) (*sandbox, error) {
 	sb := e.newSandbox(id)
 	r, err := readRecord(filepath.Join(sb.dir, recordName))
 	if err == nil {
-		sb.limits, sb.loop = r.Limits, r.Loop
+		sb.limits, sb.loop, sb.layers, sb.volumes = r.Limits, r.Loop, r.Layers, r.Volumes
 		sb.process, err = findProcess(r.PID, r.StartTicks, r.Boot)
 	}
 	if e.groups != nil {
 		sb.group = e.groups.OpenAt(id, r.Groups)
 	}
 	if err == nil {
+		// An executord before this one may have died while it made a snapshot.
+		if sb.group != nil {
+			err = sb.group.Thaw()
+		}
+		if err != nil {
+			sb.process.fd.Close()
+			return nil, fmt.Errorf("open sandbox %s: %w", id, err)
+		}
 		return sb, nil
 	}
 	if errors.Is(err, errDamaged) {
@@ -85,8 +99,17 @@ func (sb *sandbox) Done() <-chan struct{} { return sb.done }
 // Dial connects to the guest's socket.
 func (sb *sandbox) Dial(ctx context.Context) (conn net.Conn, err error) {
 	err = withShortPath(filepath.Join(sb.dir, socketName), func(path string) error {
-		conn, err = new(net.Dialer).DialContext(ctx, "unix", path)
-		return err
+		// The kernel does not wait where the guest has not taken those before this one.
+		for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+			if conn, err = new(net.Dialer).DialContext(ctx, "unix", path); !errors.Is(err, syscall.EAGAIN) {
+				return err
+			}
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
 	})
 	if err != nil {
 		return nil, fmt.Errorf("dial the guest of sandbox %s: %w", sb.id, err)
@@ -118,9 +141,13 @@ func (sb *sandbox) Terminate(ctx context.Context) (engine.Remains, error) {
 	if sb.ended {
 		return sb.remains, nil
 	}
+	if err := sb.snapshots.end(ctx); err != nil {
+		return sb.remains, fmt.Errorf("terminate sandbox %s: %w", sb.id, err)
+	}
 	// After a try that did not end everything the first count stands.
 	sb.remains.Processes = max(sb.remains.Processes, sb.processes())
 	if err := sb.remove(ctx); err != nil {
+		sb.snapshots.again()
 		return sb.remains, fmt.Errorf("terminate sandbox %s: %w", sb.id, err)
 	}
 	sb.ended = true
@@ -164,7 +191,11 @@ func (sb *sandbox) remove(ctx context.Context) error {
 			return err
 		}
 	}
-	return removeTree(sb.dir)
+	if err := removeTree(sb.dir); err != nil {
+		return err
+	}
+	sb.release()
+	return nil
 }
 
 // awaitGuest waits until the guest was reaped. A sandbox that is kept has a watcher

@@ -117,12 +117,16 @@ func New(cfg Config) *Pool {
 	}
 }
 
-// Claim takes a sandbox that is as spec says but for its name; false if none is ready.
-// It never waits. One with other limits than the engine's own, or with a volume, is never
-// ready; labels and how long it is wanted make no difference.
+// Claim takes a sandbox that is as spec says but for its name and labels; false if none is
+// ready. It never waits. Those that are kept ready differ in network and image only: one
+// with other limits than the engine's own, or with volumes, secrets or a placement, is
+// never ready, nor one that has to live longer than those that are. Whoever asks for an
+// image says that it is going to be asked for again.
 func (p *Pool) Claim(spec engine.Spec) (engine.Sandbox, bool) {
+	lifetime := spec.Lifetime
 	spec.ID, spec.Limits, spec.Labels, spec.Lifetime = "", spec.Limits.Or(p.defaults), nil, 0
-	if spec.Limits != p.defaults || len(spec.Volumes) > 0 {
+	// Compared as a whole, so that what a Spec may have one day counts as well.
+	if !reflect.DeepEqual(spec, engine.Spec{Limits: p.defaults, Network: spec.Network, Image: spec.Image}) {
 		return nil, false
 	}
 	p.mu.Lock()
@@ -136,13 +140,17 @@ func (p *Pool) Claim(spec engine.Spec) (engine.Sandbox, bool) {
 	if k.due.IsZero() {
 		k.due = now.Add(p.cfg.Delay)
 	}
-	for len(k.ready) > 0 {
-		s := k.take(0)
-		if !s.ended() {
+	for i := 0; i < len(k.ready); {
+		s := k.ready[i]
+		switch {
+		case s.ended():
+			p.retired = append(p.retired, k.take(i).Sandbox)
+		case !s.lives(now.Add(lifetime)):
+			i++ // a fresher one may
+		default:
 			p.hits++
-			return s.Sandbox, true
+			return k.take(i).Sandbox, true
 		}
-		p.retired = append(p.retired, s.Sandbox)
 	}
 	p.misses++
 	return nil, false
@@ -213,6 +221,12 @@ func (k *kind) take(i int) *spare {
 	k.ready = slices.Delete(k.ready, i, i+1)
 	close(s.taken)
 	return s
+}
+
+// lives says whether the engine lets it live until then.
+func (s *spare) lives(until time.Time) bool {
+	deadline := s.Deadline()
+	return deadline.IsZero() || !deadline.Before(until)
 }
 
 func (s *spare) ended() bool {

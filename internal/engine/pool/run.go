@@ -164,13 +164,31 @@ func (p *Pool) add(ctx context.Context, k *kind) {
 	sandbox, err := p.cfg.Engine.Create(making, spec)
 	if err != nil {
 		p.unsure = append(p.unsure, spec.ID) // something of it may be there
+		refused := slices.Contains([]fault.Kind{fault.FailedPrecondition, fault.NotFound, fault.Invalid}, fault.KindOf(err))
 		err = errors.Join(err, p.clear(ctx))
+		if refused && p.forget(k) {
+			// Its image is gone, say. That is no reason to wait with the others.
+			p.log.InfoContext(ctx, "no more sandboxes of this kind are kept ready", "image", k.spec.Image, "network", k.spec.Network, "error", err)
+			return
+		}
 		if ctx.Err() == nil {
 			p.failed(ctx, "cannot make a sandbox to keep ready", err)
 		}
 		return
 	}
 	p.keep(k, sandbox)
+}
+
+// forget gives up a kind, unless it is the first.
+func (p *Pool) forget(k *kind) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if k.first {
+		return false
+	}
+	p.retireLocked(k)
+	p.kinds = slices.DeleteFunc(p.kinds, func(other *kind) bool { return other == k })
+	return true
 }
 
 // keep makes a sandbox ready to be claimed, if its kind is still wanted.

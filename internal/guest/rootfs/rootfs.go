@@ -36,16 +36,14 @@ func Build(setup *guestv1.Setup, fds []int) error {
 	}
 	// Paths are opened before the staging tmpfs can hide them.
 	opened := make(map[*guestv1.Layer]int)
-	for _, o := range setup.GetOverlays() {
-		for _, l := range append(o.GetLower(), o.GetWritable()) {
-			if p, ok := l.GetSource().(*guestv1.Layer_Path); ok {
-				fd, err := unix.Open(p.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-				if err != nil {
-					return fmt.Errorf("open layer %q: %w", p.Path, err)
-				}
-				defer unix.Close(fd)
-				opened[l] = fd
+	for _, l := range layers(setup) {
+		if p, ok := l.GetSource().(*guestv1.Layer_Path); ok {
+			fd, err := unix.Open(p.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return fmt.Errorf("open layer %q: %w", p.Path, err)
 			}
+			defer unix.Close(fd)
+			opened[l] = fd
 		}
 	}
 	if err := unix.Mount("tmpfs", staging, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0700,size=1m"); err != nil {
@@ -72,12 +70,27 @@ func Build(setup *guestv1.Setup, fds []int) error {
 			return fmt.Errorf("overlay at %q: %w", o.GetTarget(), err)
 		}
 	}
+	if err := b.volumes(setup.GetVolumes(), overlayPoint(0)); err != nil {
+		return err
+	}
 	for _, name := range []string{"proc", "dev", "sys"} {
 		if err := move(staging+"/"+name, overlayPoint(0)+"/"+name); err != nil {
 			return fmt.Errorf("/%s: %w", name, err)
 		}
 	}
 	return enter(overlayPoint(0))
+}
+
+// layers are all that a setup names.
+func layers(setup *guestv1.Setup) []*guestv1.Layer {
+	var all []*guestv1.Layer
+	for _, o := range setup.GetOverlays() {
+		all = append(append(all, o.GetLower()...), o.GetWritable())
+	}
+	for _, v := range setup.GetVolumes() {
+		all = append(all, v.GetSource())
+	}
+	return all
 }
 
 // lanes is how many things are done at a time: those that wait are few, and a thread

@@ -62,6 +62,22 @@ func roles() map[string]func(dir string) error {
 		},
 		"no root": func(string) error { return Build(&guestv1.Setup{}, nil) },
 		"remount": remount,
+		"volumes": buildWithVolumes,
+		"volume on a file": func(dir string) error {
+			s := setupIn(dir)
+			s.Volumes = []*guestv1.Volume{{Source: path(dir + "/a"), Target: "/etc/marker/x"}}
+			return Build(s, nil)
+		},
+		"no volume": func(dir string) error {
+			s := setupIn(dir)
+			s.Volumes = []*guestv1.Volume{{Source: &guestv1.Layer{Source: &guestv1.Layer_MountFd{MountFd: 3}}, Target: "/v"}}
+			return Build(s, nil)
+		},
+		"volume at no path": func(dir string) error {
+			s := setupIn(dir)
+			s.Volumes = []*guestv1.Volume{{Source: path(dir + "/a"), Target: "v"}}
+			return Build(s, nil)
+		},
 	}
 }
 

@@ -140,7 +140,7 @@ func (x Network_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Network_Mode.Descriptor instead.
 func (Network_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 0}
 }
 
 // Level is how important a line must be.
@@ -201,7 +201,7 @@ func (x Log_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Level.Descriptor instead.
 func (Log_Level) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4, 0}
 }
 
 // Format is what a line looks like.
@@ -254,7 +254,7 @@ func (x Log_Format) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Format.Descriptor instead.
 func (Log_Format) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 1}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4, 1}
 }
 
 // ClientAuth says what clients must show.
@@ -307,7 +307,7 @@ func (x Tls_ClientAuth) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Tls_ClientAuth.Descriptor instead.
 func (Tls_ClientAuth) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11, 0}
 }
 
 // Method is a way to show who one is.
@@ -365,7 +365,7 @@ func (x Auth_Method) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Auth_Method.Descriptor instead.
 func (Auth_Method) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12, 0}
 }
 
 // Help is what a person who sets a field is told about it.
@@ -473,7 +473,9 @@ type Config struct {
 	// Sandboxes that are kept ready.
 	Pool *Pool `protobuf:"bytes,14,opt,name=pool,proto3" json:"pool,omitempty"`
 	// How long what has ended is kept, and how much room it may take.
-	Retention     *Retention `protobuf:"bytes,15,opt,name=retention,proto3" json:"retention,omitempty"`
+	Retention *Retention `protobuf:"bytes,15,opt,name=retention,proto3" json:"retention,omitempty"`
+	// How images are made.
+	Images        *Images `protobuf:"bytes,21,opt,name=images,proto3" json:"images,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -613,6 +615,91 @@ func (x *Config) GetRetention() *Retention {
 	return nil
 }
 
+func (x *Config) GetImages() *Images {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+// Images says where what images are made of is taken from. The proxy of network applies to
+// builds as to all sandboxes, but for its max_mode: what they reach is these places and no
+// others.
+type Images struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The mirror of Debian's packages: a URL under which debian and debian-security are.
+	// Default http://deb.debian.org; what is fetched is signed.
+	DebianMirror string `protobuf:"bytes,1,opt,name=debian_mirror,json=debianMirror,proto3" json:"debian_mirror,omitempty"`
+	// The npm registry: a URL without credentials. Default https://registry.npmjs.org; what
+	// is fetched must have the hashes that executord knows.
+	NpmRegistry string `protobuf:"bytes,2,opt,name=npm_registry,json=npmRegistry,proto3" json:"npm_registry,omitempty"`
+	// Further HOST or HOST:PORT,PORT… that builds reach, as in network.default_allow. A
+	// mirror that has a private address needs that address here. Default none.
+	Allow []string `protobuf:"bytes,3,rep,name=allow,proto3" json:"allow,omitempty"`
+	// Further packages of Debian's in the image base. Default none.
+	Packages      []string `protobuf:"bytes,4,rep,name=packages,proto3" json:"packages,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Images) Reset() {
+	*x = Images{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Images) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Images) ProtoMessage() {}
+
+func (x *Images) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Images.ProtoReflect.Descriptor instead.
+func (*Images) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Images) GetDebianMirror() string {
+	if x != nil {
+		return x.DebianMirror
+	}
+	return ""
+}
+
+func (x *Images) GetNpmRegistry() string {
+	if x != nil {
+		return x.NpmRegistry
+	}
+	return ""
+}
+
+func (x *Images) GetAllow() []string {
+	if x != nil {
+		return x.Allow
+	}
+	return nil
+}
+
+func (x *Images) GetPackages() []string {
+	if x != nil {
+		return x.Packages
+	}
+	return nil
+}
+
 // Network says what sandboxes may reach over the network.
 type Network struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -640,7 +727,7 @@ type Network struct {
 
 func (x *Network) Reset() {
 	*x = Network{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -652,7 +739,7 @@ func (x *Network) String() string {
 func (*Network) ProtoMessage() {}
 
 func (x *Network) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -665,7 +752,7 @@ func (x *Network) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Network.ProtoReflect.Descriptor instead.
 func (*Network) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Network) GetDefaultMode() Network_Mode {
@@ -716,7 +803,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -728,7 +815,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -741,7 +828,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Log) GetLevel() Log_Level {
@@ -783,7 +870,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +882,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +895,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Limits) GetMemoryBytes() int64 {
@@ -861,7 +948,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -873,7 +960,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -886,7 +973,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Output) GetDefaultRetainedBytes() int64 {
@@ -920,14 +1007,18 @@ type Local struct {
 	// without "." and "..", each once, at most 64. In a variable they are separated by
 	// colons; a flag is given once for each. A layer replaces the whole list of the one
 	// below. Default none.
-	ExtraPaths    []string `protobuf:"bytes,4,rep,name=extra_paths,json=extraPaths,proto3" json:"extra_paths,omitempty"`
+	ExtraPaths []string `protobuf:"bytes,4,rep,name=extra_paths,json=extraPaths,proto3" json:"extra_paths,omitempty"`
+	// How many guests are kept ready to become sandboxes: processes in namespaces of their
+	// own that wait, with a range of user ids but without a root file system or limits,
+	// and that end with executord. 0 to 64; 0 keeps none. Default 3.
+	BlankGuests   uint32 `protobuf:"varint,5,opt,name=blank_guests,json=blankGuests,proto3" json:"blank_guests,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Local) Reset() {
 	*x = Local{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -939,7 +1030,7 @@ func (x *Local) String() string {
 func (*Local) ProtoMessage() {}
 
 func (x *Local) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -952,7 +1043,7 @@ func (x *Local) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Local.ProtoReflect.Descriptor instead.
 func (*Local) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Local) GetUidBase() uint32 {
@@ -983,6 +1074,13 @@ func (x *Local) GetExtraPaths() []string {
 	return nil
 }
 
+func (x *Local) GetBlankGuests() uint32 {
+	if x != nil {
+		return x.BlankGuests
+	}
+	return 0
+}
+
 // Admission says how much may run at a time, and what becomes of the rest: it waits in a
 // queue, in the order in which it came, or is refused with RESOURCE_EXHAUSTED. What ran
 // before a restart goes on, also where that is more than the limits.
@@ -1005,7 +1103,7 @@ type Admission struct {
 
 func (x *Admission) Reset() {
 	*x = Admission{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +1115,7 @@ func (x *Admission) String() string {
 func (*Admission) ProtoMessage() {}
 
 func (x *Admission) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +1128,7 @@ func (x *Admission) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Admission.ProtoReflect.Descriptor instead.
 func (*Admission) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Admission) GetMaxRunning() uint32 {
@@ -1078,7 +1176,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1090,7 +1188,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1103,7 +1201,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Pool) GetSize() uint32 {
@@ -1142,7 +1240,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1154,7 +1252,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1167,7 +1265,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Retention) GetMaxAge() *durationpb.Duration {
@@ -1212,7 +1310,7 @@ type Tls struct {
 
 func (x *Tls) Reset() {
 	*x = Tls{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1224,7 +1322,7 @@ func (x *Tls) String() string {
 func (*Tls) ProtoMessage() {}
 
 func (x *Tls) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1237,7 +1335,7 @@ func (x *Tls) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tls.ProtoReflect.Descriptor instead.
 func (*Tls) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Tls) GetCertFile() string {
@@ -1286,7 +1384,7 @@ type Auth struct {
 
 func (x *Auth) Reset() {
 	*x = Auth{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1298,7 +1396,7 @@ func (x *Auth) String() string {
 func (*Auth) ProtoMessage() {}
 
 func (x *Auth) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1311,7 +1409,7 @@ func (x *Auth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Auth.ProtoReflect.Descriptor instead.
 func (*Auth) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Auth) GetMethods() []Auth_Method {
@@ -1371,7 +1469,7 @@ type Oidc struct {
 
 func (x *Oidc) Reset() {
 	*x = Oidc{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1383,7 +1481,7 @@ func (x *Oidc) String() string {
 func (*Oidc) ProtoMessage() {}
 
 func (x *Oidc) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1396,7 +1494,7 @@ func (x *Oidc) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Oidc.ProtoReflect.Descriptor instead.
 func (*Oidc) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Oidc) GetIssuer() string {
@@ -1472,7 +1570,7 @@ type Certificates struct {
 
 func (x *Certificates) Reset() {
 	*x = Certificates{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1484,7 +1582,7 @@ func (x *Certificates) String() string {
 func (*Certificates) ProtoMessage() {}
 
 func (x *Certificates) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1497,7 +1595,7 @@ func (x *Certificates) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificates.ProtoReflect.Descriptor instead.
 func (*Certificates) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Certificates) GetUsers() []string {
@@ -1538,7 +1636,7 @@ type Quotas struct {
 
 func (x *Quotas) Reset() {
 	*x = Quotas{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1550,7 +1648,7 @@ func (x *Quotas) String() string {
 func (*Quotas) ProtoMessage() {}
 
 func (x *Quotas) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1563,7 +1661,7 @@ func (x *Quotas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quotas.ProtoReflect.Descriptor instead.
 func (*Quotas) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Quotas) GetRunningExecutions() int64 {
@@ -1614,7 +1712,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
 	"\adefault\x18\x02 \x01(\tR\adefault\x12\x1c\n" +
-	"\tseparator\x18\x03 \x01(\tR\tseparator\"\xea\b\n" +
+	"\tseparator\x18\x03 \x01(\tR\tseparator\"\x9d\t\n" +
 	"\x06Config\x12\x8b\x01\n" +
 	"\x06listen\x18\x01 \x01(\tBs\xbaH\x04r\x02 \x01\x8a\xb5\x18h\n" +
 	"VHOST:PORT or unix:/PATH to listen on; beyond loopback only with TLS and authentication\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -1638,7 +1736,17 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\anetwork\x18\f \x01(\v2\x1a.harvest.config.v1.NetworkR\anetwork\x12:\n" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
 	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
-	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\"\xe7\x05\n" +
+	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\x121\n" +
+	"\x06images\x18\x15 \x01(\v2\x19.harvest.config.v1.ImagesR\x06images\"\xd5\x04\n" +
+	"\x06Images\x12\xb1\x01\n" +
+	"\rdebian_mirror\x18\x01 \x01(\tB\x8b\x01\xbaH\x19r\x17(\x80\b2\x12^https?://[^\\s@]+$\x8a\xb5\x18k\n" +
+	"Rmirror of Debian's packages for images, under which debian and debian-security are\x12\x15http://deb.debian.orgR\fdebianMirror\x12x\n" +
+	"\fnpm_registry\x18\x02 \x01(\tBU\xbaH\x19r\x17(\x80\b2\x12^https?://[^\\s@]+$\x8a\xb5\x185\n" +
+	"\x17npm registry for images\x12\x1ahttps://registry.npmjs.orgR\vnpmRegistry\x12\x89\x01\n" +
+	"\x05allow\x18\x03 \x03(\tBs\xbaH#\x92\x01 \x10@\x18\x01\"\x1ar\x182\x16^[a-z0-9.*:,/_\\[\\]-]+$\x8a\xb5\x18I\n" +
+	"Dfurther HOST[:PORT,...] that builds of images reach; may be repeated\x1a\x01 R\x05allow\x12\x90\x01\n" +
+	"\bpackages\x18\x04 \x03(\tBt\xbaH*\x92\x01'\x10\x80\x02\x18\x01\" r\x1e2\x1c^[a-z0-9][a-z0-9.+-]{1,127}$\x8a\xb5\x18C\n" +
+	">further package of Debian's in the image base; may be repeated\x1a\x01 R\bpackages\"\xe7\x05\n" +
 	"\aNetwork\x12\x91\x01\n" +
 	"\fdefault_mode\x18\x01 \x01(\x0e2\x1f.harvest.config.v1.Network.ModeBM\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18?\n" +
 	"7network of a sandbox that is asked for without a policy\x12\x04noneR\vdefaultMode\x12x\n" +
@@ -1693,7 +1801,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x16default_retained_bytes\x18\x01 \x01(\x03BZ\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x18F\n" +
 	">output that is kept of an execution that asks for nothing else\x12\x041GiBR\x14defaultRetainedBytes\x12{\n" +
 	"\x12max_retained_bytes\x18\x02 \x01(\x03BM\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x189\n" +
-	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xb8\x04\n" +
+	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xbf\x05\n" +
 	"\x05Local\x12\xc2\x01\n" +
 	"\buid_base\x18\x01 \x01(\rB\xa6\x01\xbaHi\xba\x01`\n" +
 	"\x17local.uid_base.multiple\x120must be a multiple of 65536, the size of a range\x1a\x13this % 65536u == 0u*\x04(\x80\x80\x04\x8a\xb5\x186\n" +
@@ -1705,7 +1813,9 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"?control group for those of sandboxes; empty for executord's ownR\fcgroupParent\x12}\n" +
 	"\vextra_paths\x18\x04 \x03(\tB\\\xbaH\a\x92\x01\x04\x10@\x18\x01\x8a\xb5\x18N\n" +
 	"Lfurther directory of the host that sandboxes see, read-only; may be repeatedR\n" +
-	"extraPaths\"\xce\x03\n" +
+	"extraPaths\x12\x84\x01\n" +
+	"\fblank_guests\x18\x05 \x01(\rBa\xbaH\x04*\x02\x18@\x8a\xb5\x18V\n" +
+	"Qguests that are kept ready to become sandboxes, without a file system; 0 for none\x12\x013R\vblankGuests\"\xce\x03\n" +
 	"\tAdmission\x12K\n" +
 	"\vmax_running\x18\x01 \x01(\rB*\xbaH\b*\x06\x18\xc0\x84=(\x01\x8a\xb5\x18\x1b\n" +
 	"\x14executions at a time\x12\x03256R\n" +
@@ -1812,7 +1922,7 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
 	(Network_Mode)(0),                 // 1: harvest.config.v1.Network.Mode
@@ -1822,55 +1932,57 @@ var file_harvest_config_v1_config_proto_goTypes = []any{
 	(Auth_Method)(0),                  // 5: harvest.config.v1.Auth.Method
 	(*Help)(nil),                      // 6: harvest.config.v1.Help
 	(*Config)(nil),                    // 7: harvest.config.v1.Config
-	(*Network)(nil),                   // 8: harvest.config.v1.Network
-	(*Log)(nil),                       // 9: harvest.config.v1.Log
-	(*Limits)(nil),                    // 10: harvest.config.v1.Limits
-	(*Output)(nil),                    // 11: harvest.config.v1.Output
-	(*Local)(nil),                     // 12: harvest.config.v1.Local
-	(*Admission)(nil),                 // 13: harvest.config.v1.Admission
-	(*Pool)(nil),                      // 14: harvest.config.v1.Pool
-	(*Retention)(nil),                 // 15: harvest.config.v1.Retention
-	(*Tls)(nil),                       // 16: harvest.config.v1.Tls
-	(*Auth)(nil),                      // 17: harvest.config.v1.Auth
-	(*Oidc)(nil),                      // 18: harvest.config.v1.Oidc
-	(*Certificates)(nil),              // 19: harvest.config.v1.Certificates
-	(*Quotas)(nil),                    // 20: harvest.config.v1.Quotas
-	(*durationpb.Duration)(nil),       // 21: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 22: google.protobuf.FieldOptions
+	(*Images)(nil),                    // 8: harvest.config.v1.Images
+	(*Network)(nil),                   // 9: harvest.config.v1.Network
+	(*Log)(nil),                       // 10: harvest.config.v1.Log
+	(*Limits)(nil),                    // 11: harvest.config.v1.Limits
+	(*Output)(nil),                    // 12: harvest.config.v1.Output
+	(*Local)(nil),                     // 13: harvest.config.v1.Local
+	(*Admission)(nil),                 // 14: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 15: harvest.config.v1.Pool
+	(*Retention)(nil),                 // 16: harvest.config.v1.Retention
+	(*Tls)(nil),                       // 17: harvest.config.v1.Tls
+	(*Auth)(nil),                      // 18: harvest.config.v1.Auth
+	(*Oidc)(nil),                      // 19: harvest.config.v1.Oidc
+	(*Certificates)(nil),              // 20: harvest.config.v1.Certificates
+	(*Quotas)(nil),                    // 21: harvest.config.v1.Quotas
+	(*durationpb.Duration)(nil),       // 22: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 23: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	21, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	22, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
-	9,  // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
-	10, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
-	11, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
-	12, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	16, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
-	17, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
-	8,  // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
-	13, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
-	14, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	15, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
-	1,  // 12: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
-	1,  // 13: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
-	2,  // 14: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	3,  // 15: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	21, // 16: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	21, // 17: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	21, // 18: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
-	4,  // 19: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
-	5,  // 20: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
-	18, // 21: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
-	19, // 22: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
-	20, // 23: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
-	21, // 24: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
-	22, // 25: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	6,  // 26: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	27, // [27:27] is the sub-list for method output_type
-	27, // [27:27] is the sub-list for method input_type
-	26, // [26:27] is the sub-list for extension type_name
-	25, // [25:26] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	10, // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
+	11, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
+	12, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
+	13, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
+	17, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
+	18, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
+	9,  // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
+	14, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	15, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	16, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	8,  // 12: harvest.config.v1.Config.images:type_name -> harvest.config.v1.Images
+	1,  // 13: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
+	1,  // 14: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
+	2,  // 15: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	3,  // 16: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	22, // 17: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	22, // 18: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	22, // 19: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	4,  // 20: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
+	5,  // 21: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
+	19, // 22: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
+	20, // 23: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
+	21, // 24: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
+	22, // 25: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
+	23, // 26: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	6,  // 27: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	27, // [27:28] is the sub-list for extension type_name
+	26, // [26:27] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -1884,7 +1996,7 @@ func file_harvest_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 1,
 			NumServices:   0,
 		},

@@ -268,14 +268,13 @@ type Session struct {
 	ForkedFrom string `protobuf:"bytes,21,opt,name=forked_from,json=forkedFrom,proto3" json:"forked_from,omitempty"`
 	// The image that its sandbox was made from; empty for the engine's base.
 	Image string `protobuf:"bytes,22,opt,name=image,proto3" json:"image,omitempty"`
-	// What its turns used.
+	// What its turns used; GetSession alone answers with it.
 	Usage *AgentUsage `protobuf:"bytes,23,opt,name=usage,proto3" json:"usage,omitempty"`
-	// The turn that runs: sessions/{session}/turns/{turn}; empty if none.
+	// The turn that runs: sessions/{session}/turns/{turn}; empty if none. GetSession alone
+	// answers with it.
 	RunningTurn string `protobuf:"bytes,24,opt,name=running_turn,json=runningTurn,proto3" json:"running_turn,omitempty"`
 	// Who commits.
 	Identity *Identity `protobuf:"bytes,25,opt,name=identity,proto3" json:"identity,omitempty"`
-	// When something last ran in it.
-	ActiveTime *timestamppb.Timestamp `protobuf:"bytes,26,opt,name=active_time,json=activeTime,proto3" json:"active_time,omitempty"`
 	// When its sandbox ends by the engine's own limit; absent if it has none. The session
 	// goes on in another one.
 	SandboxExpireTime *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=sandbox_expire_time,json=sandboxExpireTime,proto3" json:"sandbox_expire_time,omitempty"`
@@ -488,13 +487,6 @@ func (x *Session) GetIdentity() *Identity {
 	return nil
 }
 
-func (x *Session) GetActiveTime() *timestamppb.Timestamp {
-	if x != nil {
-		return x.ActiveTime
-	}
-	return nil
-}
-
 func (x *Session) GetSandboxExpireTime() *timestamppb.Timestamp {
 	if x != nil {
 		return x.SandboxExpireTime
@@ -597,7 +589,7 @@ var File_harvest_executor_v1_session_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_proto_rawDesc = "" +
 	"\n" +
-	"!harvest/executor/v1/session.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fharvest/executor/v1/agent.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\"\xfd\r\n" +
+	"!harvest/executor/v1/session.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fharvest/executor/v1/agent.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\"\xc0\r\n" +
 	"\aSession\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".harvest.executor.v1.Session.StateR\x05state\x12E\n" +
@@ -632,9 +624,7 @@ const file_harvest_executor_v1_session_proto_rawDesc = "" +
 	"\x05image\x18\x16 \x01(\tR\x05image\x125\n" +
 	"\x05usage\x18\x17 \x01(\v2\x1f.harvest.executor.v1.AgentUsageR\x05usage\x12!\n" +
 	"\frunning_turn\x18\x18 \x01(\tR\vrunningTurn\x129\n" +
-	"\bidentity\x18\x19 \x01(\v2\x1d.harvest.executor.v1.IdentityR\bidentity\x12;\n" +
-	"\vactive_time\x18\x1a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"activeTime\x12J\n" +
+	"\bidentity\x18\x19 \x01(\v2\x1d.harvest.executor.v1.IdentityR\bidentity\x12J\n" +
 	"\x13sandbox_expire_time\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\x11sandboxExpireTime\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
@@ -717,14 +707,13 @@ var file_harvest_executor_v1_session_proto_depIdxs = []int32{
 	4,  // 13: harvest.executor.v1.Session.saved_work:type_name -> harvest.executor.v1.SavedWork
 	12, // 14: harvest.executor.v1.Session.usage:type_name -> harvest.executor.v1.AgentUsage
 	13, // 15: harvest.executor.v1.Session.identity:type_name -> harvest.executor.v1.Identity
-	8,  // 16: harvest.executor.v1.Session.active_time:type_name -> google.protobuf.Timestamp
-	8,  // 17: harvest.executor.v1.Session.sandbox_expire_time:type_name -> google.protobuf.Timestamp
-	8,  // 18: harvest.executor.v1.SavedWork.save_time:type_name -> google.protobuf.Timestamp
-	19, // [19:19] is the sub-list for method output_type
-	19, // [19:19] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	8,  // 16: harvest.executor.v1.Session.sandbox_expire_time:type_name -> google.protobuf.Timestamp
+	8,  // 17: harvest.executor.v1.SavedWork.save_time:type_name -> google.protobuf.Timestamp
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_session_proto_init() }

@@ -231,7 +231,8 @@ type GetSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Resource name of the session; required.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// How long to wait at most for it to leave STATE_STARTING; default 0, at most 600 s.
+	// How long to wait at most for it to leave STATE_STARTING and STATE_RESUMING; default 0,
+	// at most 600 s.
 	Wait *durationpb.Duration `protobuf:"bytes,2,opt,name=wait,proto3" json:"wait,omitempty"`
 	// The fields of the session to answer with: its fields, such as state, and those
 	// one level below, such as limits.pids. Absent or "*" for all. INVALID_ARGUMENT for

@@ -54,7 +54,8 @@ type SessionServiceClient interface {
 	// While there are as many sandboxes as may be, the call waits for its turn;
 	// RESOURCE_EXHAUSTED as in ExecutorService.Execute.
 	CreateSession(ctx context.Context, in *CreateSessionRequest, opts ...grpc.CallOption) (*CreateSessionResponse, error)
-	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
+	// Reads a session; with wait also waits until it has left STATE_STARTING and
+	// STATE_RESUMING. NOT_FOUND.
 	GetSession(ctx context.Context, in *GetSessionRequest, opts ...grpc.CallOption) (*GetSessionResponse, error)
 	// Lists sessions, the newest first. INVALID_ARGUMENT for a bad filter, and for a page
 	// token that this server did not give for the same listing, filter and order.
@@ -341,7 +342,8 @@ type SessionServiceServer interface {
 	// While there are as many sandboxes as may be, the call waits for its turn;
 	// RESOURCE_EXHAUSTED as in ExecutorService.Execute.
 	CreateSession(context.Context, *CreateSessionRequest) (*CreateSessionResponse, error)
-	// Reads a session; with wait also waits until it has left STATE_STARTING. NOT_FOUND.
+	// Reads a session; with wait also waits until it has left STATE_STARTING and
+	// STATE_RESUMING. NOT_FOUND.
 	GetSession(context.Context, *GetSessionRequest) (*GetSessionResponse, error)
 	// Lists sessions, the newest first. INVALID_ARGUMENT for a bad filter, and for a page
 	// token that this server did not give for the same listing, filter and order.

@@ -2540,7 +2540,10 @@ type Setup struct {
 	SingleUser bool `protobuf:"varint,11,opt,name=single_user,json=singleUser,proto3" json:"single_user,omitempty"`
 	// The sandbox has the network of the host instead of one of its own: there is no
 	// loopback interface to bring up.
-	HostNetwork   bool `protobuf:"varint,20,opt,name=host_network,json=hostNetwork,proto3" json:"host_network,omitempty"`
+	HostNetwork bool `protobuf:"varint,20,opt,name=host_network,json=hostNetwork,proto3" json:"host_network,omitempty"`
+	// The volumes that are mounted in the new root, over everything but /proc, /dev and
+	// /sys.
+	Volumes       []*Volume `protobuf:"bytes,21,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2659,6 +2662,69 @@ func (x *Setup) GetHostNetwork() bool {
 	return false
 }
 
+func (x *Setup) GetVolumes() []*Volume {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+// Volume is a directory that is mounted, writable, in the sandbox's root.
+type Volume struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The directory.
+	Source *Layer `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	// Where it is mounted in the new root; absolute. Directories on the way are made, mode
+	// 0755. Links on the way are followed within the new root.
+	Target        string `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Volume) Reset() {
+	*x = Volume{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Volume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Volume) ProtoMessage() {}
+
+func (x *Volume) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Volume.ProtoReflect.Descriptor instead.
+func (*Volume) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Volume) GetSource() *Layer {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *Volume) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
 // Overlay is one overlay file system of the sandbox's root.
 type Overlay struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2676,7 +2742,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2688,7 +2754,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2701,7 +2767,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Overlay) GetTarget() string {
@@ -2748,7 +2814,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2760,7 +2826,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2773,7 +2839,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Layer) GetSource() isLayer_Source {
@@ -2830,7 +2896,7 @@ type SetupResult struct {
 
 func (x *SetupResult) Reset() {
 	*x = SetupResult{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2842,7 +2908,7 @@ func (x *SetupResult) String() string {
 func (*SetupResult) ProtoMessage() {}
 
 func (x *SetupResult) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2855,7 +2921,7 @@ func (x *SetupResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupResult.ProtoReflect.Descriptor instead.
 func (*SetupResult) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SetupResult) GetError() string {
@@ -3030,7 +3096,7 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x0eAcceptResponse\"$\n" +
 	"\x0eConnectRequest\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\"\x11\n" +
-	"\x0fConnectResponse\"\xad\x03\n" +
+	"\x0fConnectResponse\"\xe1\x03\n" +
 	"\x05Setup\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x125\n" +
 	"\boverlays\x18\x02 \x03(\v2\x19.harvest.guest.v1.OverlayR\boverlays\x12\x1b\n" +
@@ -3046,9 +3112,13 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	" \x03(\rR\aheldFds\x12\x1f\n" +
 	"\vsingle_user\x18\v \x01(\bR\n" +
 	"singleUser\x12!\n" +
-	"\fhost_network\x18\x14 \x01(\bR\vhostNetworkB\f\n" +
+	"\fhost_network\x18\x14 \x01(\bR\vhostNetwork\x122\n" +
+	"\avolumes\x18\x15 \x03(\v2\x18.harvest.guest.v1.VolumeR\avolumesB\f\n" +
 	"\n" +
-	"_cgroup_fd\"\xaa\x01\n" +
+	"_cgroup_fd\"Q\n" +
+	"\x06Volume\x12/\n" +
+	"\x06source\x18\x01 \x01(\v2\x17.harvest.guest.v1.LayerR\x06source\x12\x16\n" +
+	"\x06target\x18\x02 \x01(\tR\x06target\"\xaa\x01\n" +
 	"\aOverlay\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\tR\x06target\x12-\n" +
 	"\x05lower\x18\x02 \x03(\v2\x17.harvest.guest.v1.LayerR\x05lower\x123\n" +
@@ -3089,7 +3159,7 @@ func file_harvest_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(Stream)(0),              // 0: harvest.guest.v1.Stream
 	(ReadMode)(0),            // 1: harvest.guest.v1.ReadMode
@@ -3125,9 +3195,10 @@ var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(*ConnectRequest)(nil),   // 31: harvest.guest.v1.ConnectRequest
 	(*ConnectResponse)(nil),  // 32: harvest.guest.v1.ConnectResponse
 	(*Setup)(nil),            // 33: harvest.guest.v1.Setup
-	(*Overlay)(nil),          // 34: harvest.guest.v1.Overlay
-	(*Layer)(nil),            // 35: harvest.guest.v1.Layer
-	(*SetupResult)(nil),      // 36: harvest.guest.v1.SetupResult
+	(*Volume)(nil),           // 34: harvest.guest.v1.Volume
+	(*Overlay)(nil),          // 35: harvest.guest.v1.Overlay
+	(*Layer)(nil),            // 36: harvest.guest.v1.Layer
+	(*SetupResult)(nil),      // 37: harvest.guest.v1.SetupResult
 }
 var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	8,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
@@ -3162,14 +3233,16 @@ var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	9,  // 29: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
 	4,  // 30: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
 	2,  // 31: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
-	34, // 32: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
-	35, // 33: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
-	35, // 34: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	35, // 32: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
+	34, // 33: harvest.guest.v1.Setup.volumes:type_name -> harvest.guest.v1.Volume
+	36, // 34: harvest.guest.v1.Volume.source:type_name -> harvest.guest.v1.Layer
+	36, // 35: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
+	36, // 36: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_harvest_guest_v1_guest_proto_init() }
@@ -3211,7 +3284,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Exit_Signal)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[28].OneofWrappers = []any{}
-	file_harvest_guest_v1_guest_proto_msgTypes[30].OneofWrappers = []any{
+	file_harvest_guest_v1_guest_proto_msgTypes[31].OneofWrappers = []any{
 		(*Layer_MountFd)(nil),
 		(*Layer_Path)(nil),
 	}
@@ -3221,7 +3294,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_guest_v1_guest_proto_rawDesc), len(file_harvest_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -123,7 +123,10 @@ func makeAll(g *Group, limits Limits, owner int) error {
 		guest.Close()
 	}
 	if err == nil {
-		err = g.CreateForCommands(limits, owner)
+		err = g.CreateForCommands(owner)
+	}
+	if err == nil {
+		err = g.Limit(limits)
 	}
 	if err != nil {
 		return errors.Join(err, g.Remove())

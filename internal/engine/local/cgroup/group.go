@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,6 +35,7 @@ type Usage struct {
 // Group is the control groups of one sandbox.
 type Group struct {
 	host *Host
+	name string
 	v1   map[string]string
 	inV2 map[string]bool
 	v2   string // "" if there is no version 2
@@ -42,6 +44,8 @@ type Group struct {
 // Paths are where the groups of a sandbox are. They are kept with it, because an
 // executord after this one may be started from another group and so look elsewhere.
 type Paths struct {
+	// Name is that of the directories; empty for the sandbox's id.
+	Name string            `json:"name,omitempty"`
 	V1   map[string]string `json:"v1,omitempty"` // directory by controller
 	V2   string            `json:"v2,omitempty"`
 	InV2 []string          `json:"in_v2,omitempty"` // controllers
@@ -55,7 +59,7 @@ const (
 
 // Open returns the groups of a sandbox, whether they exist or not.
 func (h *Host) Open(sandbox string) *Group {
-	g := &Group{host: h, v1: make(map[string]string), inV2: h.inV2}
+	g := &Group{host: h, name: sandbox, v1: make(map[string]string), inV2: h.inV2}
 	for c, dir := range h.v1 {
 		g.v1[c] = filepath.Join(dir, sandbox)
 	}
@@ -67,7 +71,7 @@ func (h *Host) Open(sandbox string) *Group {
 
 // OpenAt returns the groups of a sandbox that an earlier executord made there.
 func (h *Host) OpenAt(sandbox string, at Paths) *Group {
-	g := h.Open(sandbox)
+	g := h.Open(cmp.Or(at.Name, sandbox))
 	if len(at.V1) == 0 && at.V2 == "" {
 		return g
 	}
@@ -83,7 +87,7 @@ func (h *Host) OpenAt(sandbox string, at Paths) *Group {
 
 // Paths tells where the groups are.
 func (g *Group) Paths() Paths {
-	p := Paths{V1: g.v1, InV2: slices.Sorted(maps.Keys(g.inV2))}
+	p := Paths{Name: g.name, V1: g.v1, InV2: slices.Sorted(maps.Keys(g.inV2))}
 	if g.host.detached == nil { // else the path means something to this process only
 		p.V2 = g.v2
 	}
@@ -109,17 +113,17 @@ func (g *Group) CreateForGuest() (*os.File, error) {
 	return f, nil
 }
 
-// CreateForCommands makes the groups of the commands with their limits, after
+// CreateForCommands makes the groups of the commands, without limits, after
 // CreateForGuest. owner is the host's user id of the sandbox's root, to whom the
 // guest's part is handed over. On an error Remove removes what was made.
-func (g *Group) CreateForCommands(limits Limits, owner int) error {
-	if err := g.createForCommands(limits, owner); err != nil {
+func (g *Group) CreateForCommands(owner int) error {
+	if err := g.createForCommands(owner); err != nil {
 		return fmt.Errorf("make control groups: %w", err)
 	}
 	return nil
 }
 
-func (g *Group) createForCommands(limits Limits, owner int) error {
+func (g *Group) createForCommands(owner int) error {
 	made := make(map[string]bool)
 	for _, dir := range g.v1 {
 		if !made[dir] {
@@ -129,12 +133,10 @@ func (g *Group) createForCommands(limits Limits, owner int) error {
 			}
 		}
 	}
-	if g.v2 != "" {
-		if err := g.handOver(owner); err != nil {
-			return err
-		}
+	if g.v2 == "" {
+		return nil
 	}
-	return g.limit(limits)
+	return g.handOver(owner)
 }
 
 // handOver makes the commands' part of version 2 and gives the guest its own.
@@ -164,7 +166,8 @@ type setting struct {
 	optional               bool
 }
 
-func (g *Group) limit(l Limits) error {
+// Limit sets the limits of the commands, before there are any.
+func (g *Group) Limit(l Limits) error {
 	var settings []setting
 	if l.MemoryBytes > 0 {
 		n := strconv.FormatInt(l.MemoryBytes, 10)
@@ -197,7 +200,7 @@ func (g *Group) limit(l Limits) error {
 		}
 		err = write(filepath.Join(dir, s.file), s.text)
 		if err != nil && !s.optional {
-			return fmt.Errorf("set %s to %s: %w", s.file, s.text, err)
+			return fmt.Errorf("limit control groups: set %s to %s: %w", s.file, s.text, err)
 		}
 	}
 	return nil

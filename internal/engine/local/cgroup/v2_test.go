@@ -240,7 +240,7 @@ func TestControllersOfVersion2(t *testing.T) {
 			t.Errorf("%s: %v, %q", c, ok, how)
 		}
 	}
-	if err := g.limit(Limits{MemoryBytes: 1 << 20, PIDs: 33, CPUMillis: 250}); err != nil {
+	if err := g.Limit(Limits{MemoryBytes: 1 << 20, PIDs: 33, CPUMillis: 250}); err != nil {
 		t.Fatal(err)
 	}
 	// The guest has a group of its own here, so it is not counted.
@@ -264,13 +264,13 @@ func TestControllersOfVersion2(t *testing.T) {
 	if err := os.Remove(filepath.Join(commands, "memory.swap.max")); err != nil {
 		t.Fatal(err)
 	}
-	if err := g.limit(Limits{MemoryBytes: 2 << 20}); err != nil {
+	if err := g.Limit(Limits{MemoryBytes: 2 << 20}); err != nil {
 		t.Error(err)
 	}
 	if err := os.Remove(filepath.Join(commands, "memory.max")); err != nil {
 		t.Fatal(err)
 	}
-	if err := g.limit(Limits{MemoryBytes: 2 << 20}); err == nil {
+	if err := g.Limit(Limits{MemoryBytes: 2 << 20}); err == nil {
 		t.Error("a limit was said to be set that was not")
 	}
 	if files, err := g.OpenTasks(); err != nil || len(files) != 0 {

@@ -43,7 +43,7 @@ func directories() map[string]fs.FileMode {
 // programs in /usr do not work, and that name neither people nor secrets.
 func etcCopied() []string {
 	return []string{
-		"alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "debian_version", "fonts", "gai.conf", "inputrc",
+		"alternatives", "bash.bashrc", "ca-certificates", "ca-certificates.conf", "chromium*", "debian_version", "fonts", "gai.conf", "inputrc",
 		"java*", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "login.defs", "mailcap", "mime.types", "os-release",
 		"perl", "pki/tls/certs", "pki/ca-trust/extracted", "profile", "protocols", "python3*", "rpc", "services",
 		"ssl/certs", "ssl/openssl.cnf", "terminfo", "timezone", "vim", "xattr.conf",
