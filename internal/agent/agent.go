@@ -17,6 +17,8 @@ var (
 	ErrLost = errors.New("the agent is lost")
 	// ErrNoPrompt means that the agent was never given the prompt.
 	ErrNoPrompt = errors.New("the agent was not given the prompt")
+	// ErrBusy means that the agent is at work on another prompt.
+	ErrBusy = errors.New("the agent is at work on another prompt")
 	// ErrNotAsked means that the agent does not wait for this answer, or no longer.
 	ErrNotAsked = errors.New("the agent does not wait for this answer")
 )

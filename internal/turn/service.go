@@ -358,36 +358,18 @@ func (s *Service) assign(ctx context.Context, session string, page []agent.Messa
 		prompt := page[i].Prompt
 		id, ok := known[prompt]
 		if !ok {
-			id = turnOf(prompt)
-			if id != "" {
-				t, err := s.cfg.Store.GetTurn(ctx, id)
-				if err != nil && fault.KindOf(err) != fault.NotFound {
-					return err
-				}
-				if err != nil || t.Session != session {
-					id = ""
-				}
+			t, err := s.cfg.Store.GetTurn(ctx, prompt)
+			if err != nil && fault.KindOf(err) != fault.NotFound {
+				return err
+			}
+			if err == nil && t.Session == session {
+				id = t.ID
 			}
 			known[prompt] = id
 		}
 		page[i].Prompt = id
 	}
 	return nil
-}
-
-// promptPrefix stands before a turn's ID where an agent is told it: some know messages
-// by how they begin.
-const promptPrefix = "msg_"
-
-func promptID(turnID string) string { return promptPrefix + turnID }
-
-// turnOf is the inverse of promptID; "" for what is none.
-func turnOf(promptID string) string {
-	id, ok := strings.CutPrefix(promptID, promptPrefix)
-	if _, err := ulid.ParseStrict(strings.ToUpper(id)); !ok || err != nil {
-		return ""
-	}
-	return id
 }
 
 // Drain refuses new prompts from now on.
