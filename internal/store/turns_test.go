@@ -95,6 +95,11 @@ func TestTurnFaults(t *testing.T) {
 	wantFault(t, s.UpdateTurn(t.Context(), newTurn("s9", 1)), fault.NotFound, "TURN_NOT_FOUND")
 	_, err := s.GetTurn(t.Context(), "none")
 	wantFault(t, err, fault.NotFound, "TURN_NOT_FOUND")
+	if home, err := s.TurnSession(t.Context(), "s1-t001"); err != nil || home != "s1" {
+		t.Errorf("%q, %v", home, err)
+	}
+	_, err = s.TurnSession(t.Context(), "none")
+	wantFault(t, err, fault.NotFound, "TURN_NOT_FOUND")
 	_, err = s.GetPrompt(t.Context(), "none")
 	wantFault(t, err, fault.NotFound, "TURN_NOT_FOUND")
 	if _, err := s.ListTurns(t.Context(), turn.Query{}); err == nil {
