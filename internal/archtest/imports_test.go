@@ -135,9 +135,39 @@ func rules() []rule {
 			why:  "it proxies connections, whoever made the sandbox that they come from",
 		},
 		{
+			of:   []string{"./internal/secret"},
+			ours: []string{"./internal/fault"}, modules: []string{},
+			why: "what holds credentials is small enough to be read at once",
+		},
+		{
+			of:   []string{"./internal/broker"},
+			ours: []string{"./internal/egress/...", "./internal/secret", "./internal/engine", "./internal/fault", "./internal/guestclient", "./internal/guest/wire", "./gen/harvest/guest/..."},
+			why:  "it adds credentials to requests, whatever session they are of",
+		},
+		{
+			of:    []string{"./internal/workspace/..."},
+			never: []string{"./internal/broker", "./internal/secret", "./internal/engine/...", "./internal/session/...", "./internal/execution/...", "./internal/store/...", "./gen/harvest/executor/...", "google.golang.org/grpc/..."},
+			why:   "what runs inside a sandbox is given no credentials, so it must not be able to come by one",
+		},
+		{
 			of:    []string{"./internal/eventlog/..."},
 			never: []string{"./internal/execution/...", "./internal/engine/...", "./internal/store/...", "google.golang.org/grpc/..."},
 			why:   "the log keeps records, whatever they are of",
+		},
+		{
+			of:   []string{"./internal/agent"},
+			ours: []string{}, modules: []string{},
+			why: "what an agent is does not depend on which one it is, or where it runs",
+		},
+		{
+			of:   []string{"./internal/agent/opencode"},
+			ours: []string{"./internal/agent"}, modules: []string{},
+			why: "it drives a program by HTTP, wherever that runs: the place is given",
+		},
+		{
+			of:   []string{"./internal/testmodel"},
+			ours: []string{}, modules: []string{},
+			why: "a provider of models knows nothing of who asks",
 		},
 		{
 			of:   []string{"./internal/filter"},

@@ -131,8 +131,14 @@ func start(t *testing.T, cfg Config, routes []Route, s Secrets) *rig {
 	return r
 }
 
+// reply is what came back.
+type reply struct {
+	StatusCode int
+	Header     http.Header
+}
+
 // do sends a request, whose Host is that of the address unless a header says so.
-func (r *rig) do(method, path string, header http.Header, body io.Reader) (*http.Response, string) {
+func (r *rig) do(method, path string, header http.Header, body io.Reader) (reply, string) {
 	r.t.Helper()
 	req, err := http.NewRequestWithContext(r.t.Context(), method, r.url+path, body)
 	if err != nil {
@@ -156,7 +162,7 @@ func (r *rig) do(method, path string, header http.Header, body io.Reader) (*http
 	if strings.Contains(string(text), "hunter2") {
 		r.t.Errorf("the answer shows a credential: %s", text)
 	}
-	return resp, string(text)
+	return reply{resp.StatusCode, resp.Header}, string(text)
 }
 
 func (r *rig) get(path string) (int, string) {

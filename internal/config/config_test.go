@@ -74,6 +74,8 @@ func defaults() *configv1.Config {
 		},
 		Pool:      &configv1.Pool{Size: 2, MaxAge: durationpb.New(10 * time.Minute)},
 		Retention: &configv1.Retention{MaxAge: durationpb.New(7 * 24 * time.Hour), MaxTotalBytes: 32 << 30, MinFreeBytes: 64 << 20},
+		Broker:    &configv1.Broker{},
+		Sessions:  &configv1.Sessions{AuthorName: "Developer", AuthorEmail: "dev@example.com", Model: "anthropic/claude-sonnet-4-5"},
 		Images:    &configv1.Images{DebianMirror: "http://deb.debian.org", NpmRegistry: "https://registry.npmjs.org"},
 	}
 }
@@ -111,6 +113,8 @@ func full() (map[string]string, *configv1.Config) {
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
 			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
+			"sessions.author_name": "Ann", "sessions.author_email": "ann@x", "sessions.model": "openai/gpt-x",
+			"broker.secrets": "github=env:GITHUB_TOKEN", "broker.private_upstreams": "10.0.0.1:443",
 			"images.debian_mirror": "http://mirror.example/d", "images.npm_registry": "https://npm.example", "images.allow": "10.0.0.1:8080",
 			"images.packages": "hello",
 		}, &configv1.Config{
@@ -134,6 +138,8 @@ func full() (map[string]string, *configv1.Config) {
 			Admission: &configv1.Admission{MaxRunning: 5, MaxQueued: 6, MaxQueueWait: durationpb.New(7 * time.Second), MaxSandboxes: 8},
 			Pool:      &configv1.Pool{Size: 3, MaxAge: durationpb.New(time.Hour)},
 			Retention: &configv1.Retention{MaxAge: durationpb.New(0), MaxTotalBytes: 1 << 30, MinFreeBytes: 1<<20 + 1},
+			Sessions:  &configv1.Sessions{AuthorName: "Ann", AuthorEmail: "ann@x", Model: "openai/gpt-x"},
+			Broker:    &configv1.Broker{Secrets: []string{"github=env:GITHUB_TOKEN"}, PrivateUpstreams: []string{"10.0.0.1:443"}},
 			Images: &configv1.Images{DebianMirror: "http://mirror.example/d", NpmRegistry: "https://npm.example",
 				Allow: []string{"10.0.0.1:8080"}, Packages: []string{"hello"}},
 		}
@@ -480,6 +486,12 @@ func TestBadValues(t *testing.T) {
 		{"network.nameserver", "dns.example", "neither IP nor IP:PORT"},
 		{"network.nameserver", "192.0.2.53:0", "neither IP nor IP:PORT"},
 		{"network.nameserver", "'[::1]'", "neither IP nor IP:PORT"},
+		{"broker.secrets", "ghp_hunter2", "does not match"},
+		{"broker.secrets", "github=vault:x", "does not match"},
+		{"sessions.author_name", "A <a@x>", "does not match"},
+		{"sessions.author_email", "a b", "does not match"},
+		{"sessions.model", "mistral/x", "does not match"},
+		{"broker.private_upstreams", "a.example:443", "does not match"},
 		{"admission.max_running", "0", "greater than or equal to 1"},
 		{"admission.max_running", "1000001", "less than or equal to 1000000"},
 		{"admission.max_queued", "1000001", "less than or equal to 1000000"},
@@ -698,11 +710,12 @@ func TestFieldNames(t *testing.T) {
 	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "auth-certificates-admins", "auth-certificates-operators", "auth-certificates-users", "auth-methods",
 		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
 		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
-		"config", "drain-timeout", "help", "images-allow", "images-debian-mirror", "images-npm-registry", "images-packages", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
+		"broker-private-upstreams", "broker-secrets", "config", "drain-timeout", "help", "images-allow", "images-debian-mirror", "images-npm-registry", "images-packages", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
 		"local-blank-guests", "local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
 		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
-		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes", "state-dir",
+		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes",
+		"sessions-author-email", "sessions-author-name", "sessions-model", "state-dir",
 		"tls-cert-file", "tls-client-auth", "tls-client-ca-file", "tls-key-file"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("renaming a flag breaks people's scripts (-want +got):\n%s", diff)
@@ -783,6 +796,13 @@ retention:
   max_age: 168h0m0s
   max_total_bytes: 32GiB
   min_free_bytes: 64MiB
+broker:
+  secrets: []
+  private_upstreams: []
+sessions:
+  author_name: Developer
+  author_email: dev@example.com
+  model: anthropic/claude-sonnet-4-5
 images:
   debian_mirror: http://deb.debian.org
   npm_registry: https://registry.npmjs.org

@@ -18,6 +18,7 @@ import (
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/api"
+	"github.com/harvest-run/executord/internal/broker"
 	"github.com/harvest-run/executord/internal/diskspace"
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
@@ -26,6 +27,8 @@ import (
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/guestbinary"
 	"github.com/harvest-run/executord/internal/idempotency"
+	"github.com/harvest-run/executord/internal/image"
+	"github.com/harvest-run/executord/internal/secret"
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
 	"github.com/harvest-run/executord/internal/telemetry"
@@ -62,6 +65,10 @@ type Daemon struct {
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
 	network  *egress.Gateway
+	// broker adds credentials to requests of sandboxes; secrets are those that the operator
+	// named.
+	broker  *broker.Broker
+	secrets *secret.Source
 	// strays are sandboxes of an earlier time that nobody needs.
 	strays []string
 	// cutOff ends the streams that are open.
@@ -161,11 +168,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 		Busy: allowed.Saturated, Logger: c.Logger,
 	})
 	d.pool = ready
-	sessionService, executionService, turns, err := c.openServices(ctx, d, st, measured, allowed, ready)
-	if err != nil {
-		return nil, err
-	}
-	imageService, err := c.openImages(ctx, d, st)
+	domain, err := c.openServices(ctx, d, st, measured, allowed, ready)
 	if err != nil {
 		return nil, err
 	}
@@ -181,13 +184,13 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.info = &serverInfo{
-		start: time.Now(), engine: d.engine, executions: executionService, sessions: sessionService, pool: ready, admission: allowed, disk: d.disk,
+		start: time.Now(), engine: d.engine, executions: domain.executions, sessions: domain.sessions, pool: ready, admission: allowed, disk: d.disk,
 	}
 	shutdown, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
 	d.cutOff = cutOff
 	d.opened.add("streams", func() error { cutOff(context.Canceled); return nil })
 	server, err := api.NewServer(shutdown, api.Config{
-		Executions: watchable{executionService}, Sessions: watchableSessions{sessionService}, Turns: watchableTurns{turns}, Images: watchableImages{imageService}, Info: d.info,
+		Executions: watchable{domain.executions}, Sessions: watchableSessions{domain.sessions}, Turns: watchableTurns{domain.turns}, Images: watchableImages{domain.images}, Info: d.info,
 		Keys: who.keys, Auth: who.authenticator, Certificates: who.certificates,
 		Logger: c.Logger, PageTokenKey: pageTokenKey, RequestIDKey: requestIDKey,
 		Reflection: c.Settings.GetReflection(), Stats: measured.Handler(),
@@ -205,29 +208,48 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	return d, nil
 }
 
+// services are what the api serves.
+type services struct {
+	sessions   *session.Service
+	executions *execution.Service
+	turns      *turn.Service
+	images     *image.Service
+}
+
 // openServices makes the services and lets them recover.
-func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, measured *telemetry.Telemetry, allowed *admission.Controller, ready *pool.Pool) (*session.Service, *execution.Service, *turn.Service, error) {
+func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, measured *telemetry.Telemetry, allowed *admission.Controller, ready *pool.Pool) (services, error) {
 	observer, err := measured.NewExecutions()
 	if err != nil {
-		return nil, nil, nil, err
+		return services{}, err
 	}
 	quotas := c.Settings.GetAuth().GetQuotas()
 	network, err := c.openNetwork(d.engine)
 	if err != nil {
-		return nil, nil, nil, err
+		return services{}, err
 	}
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
 	d.network = network
 	turns, err := c.openTurns(d, st)
 	if err != nil {
-		return nil, nil, nil, err
+		return services{}, err
 	}
+	if d.broker, d.secrets, err = c.openBroker(); err != nil {
+		return services{}, err
+	}
+	d.opened.add("broker", d.broker.Close)
+	images, err := c.openImages(ctx, d, st)
+	if err != nil {
+		return services{}, err
+	}
+	fitted := c.openProvision(d, images, network)
 	sessionService, err := session.New(session.Config{
-		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, Dir: filepath.Join(c.Settings.GetStateDir(), "sessions"), MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
+		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, Dir: filepath.Join(c.Settings.GetStateDir(), "sessions"),
+		Parts:       session.Parts{Images: fitted, Credentials: fitted, Workspace: fitted, Agents: fitted, Turns: turns},
+		MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
 	})
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("make the session service: %w", err)
+		return services{}, fmt.Errorf("make the session service: %w", err)
 	}
 	output := c.Settings.GetOutput()
 	retention := c.Settings.GetRetention()
@@ -245,10 +267,10 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		Logger:    c.Logger,
 	})
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("make the execution service: %w", err)
+		return services{}, fmt.Errorf("make the execution service: %w", err)
 	}
 	if err := measured.Gauge(executionService, sessionService); err != nil {
-		return nil, nil, nil, err
+		return services{}, err
 	}
 	sessionService.SetExecutions(executionService)
 	turns.SetSessions(sessionHome{sessionService})
@@ -261,15 +283,15 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	// Turns before sessions, which bring their agents; sessions before executions, which
 	// look for their sandboxes.
 	if err := turns.Recover(ctx); err != nil {
-		return nil, nil, nil, fmt.Errorf("take up turns: %w", err)
+		return services{}, fmt.Errorf("take up turns: %w", err)
 	}
 	if err := sessionService.Recover(ctx); err != nil {
-		return nil, nil, nil, fmt.Errorf("take up sessions: %w", err)
+		return services{}, fmt.Errorf("take up sessions: %w", err)
 	}
 	if err := executionService.Recover(ctx); err != nil {
-		return nil, nil, nil, fmt.Errorf("take up executions: %w", err)
+		return services{}, fmt.Errorf("take up executions: %w", err)
 	}
-	return sessionService, executionService, turns, nil
+	return services{sessionService, executionService, turns, images}, nil
 }
 
 func admissionConfig(settings *configv1.Admission) admission.Config {

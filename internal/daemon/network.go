@@ -30,16 +30,24 @@ func (c Config) openNetwork(e engine.Engine) (*egress.Gateway, error) {
 	if cfg.Denied, err = config.Prefixes(settings.GetDeniedCidrs()); err != nil {
 		return nil, fmt.Errorf("network.denied_cidrs: %w", err)
 	}
-	nameserver, err := config.Nameserver(settings.GetNameserver())
+	if cfg.Resolver, err = resolver(settings.GetNameserver()); err != nil {
+		return nil, err
+	}
+	return egress.New(cfg)
+}
+
+// resolver asks the configured DNS server; nil is the host's way.
+func resolver(text string) (egress.Resolver, error) {
+	nameserver, err := config.Nameserver(text)
 	if err != nil {
 		return nil, fmt.Errorf("network.nameserver: %w", err)
 	}
-	if nameserver != "" {
-		cfg.Resolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, network, nameserver)
-		}}
+	if nameserver == "" {
+		return nil, nil
 	}
-	return egress.New(cfg)
+	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, nameserver)
+	}}, nil
 }
 
 func networkOf(m configv1.Network_Mode) engine.Network {

@@ -4,12 +4,15 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"github.com/harvest-run/executord/internal/agent"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/caller"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/journal"
+	"github.com/harvest-run/executord/internal/provision"
 	"github.com/harvest-run/executord/internal/session"
 	"github.com/harvest-run/executord/internal/store"
 	"github.com/harvest-run/executord/internal/turn"
@@ -93,4 +96,18 @@ func (w watchableTurns) Watch(ctx context.Context, ref turn.Ref, after *journal.
 		return nil, err
 	}
 	return watcher, nil
+}
+
+// openProvision makes what fits the sandboxes of sessions out.
+func (c Config) openProvision(d *Daemon, images provision.Images, network *egress.Gateway) *provision.Provisioner {
+	settings := c.Settings.GetSessions()
+	provider, model, _ := strings.Cut(settings.GetModel(), "/")
+	made := provision.New(provision.Config{
+		Engine: d.engine.Name(), Images: images, Broker: d.broker, Network: network, Secrets: d.secrets,
+		Identity: session.Identity{Name: settings.GetAuthorName(), Email: settings.GetAuthorEmail()},
+		Model:    session.Model{Provider: provider, Model: model},
+		Plain:    len(c.Settings.GetBroker().GetPrivateUpstreams()) > 0, Logger: c.Logger,
+	})
+	d.opened.add("provision", made.Close)
+	return made
 }

@@ -97,7 +97,7 @@ func (s *Service) forgetEnded(ctx context.Context, g *guest) {
 		return // whoever wants something of it will see for himself
 	}
 	for _, id := range info.GetExecutions() {
-		if _, known := s.find(id); !known {
+		if _, known := s.find(id); !known && !guestclient.IsRun(id) {
 			_ = g.Release(ctx, id) // what still runs is refused
 		}
 	}

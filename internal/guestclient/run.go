@@ -140,6 +140,10 @@ func (c *Client) RunStream(ctx context.Context, command Command, sink func(strea
 	return exit, nil
 }
 
+// IsRun says whether a command that a guest holds is one of Run's, whose output somebody
+// may be reading.
+func IsRun(id string) bool { return strings.HasPrefix(id, runPrefix) }
+
 // request makes the request that starts a command.
 func (c Command) request() *guestv1.StartRequest {
 	id := runPrefix + c.ID

@@ -136,7 +136,7 @@ func (s *Source) Lookup(name string) (Value, error) {
 	if !ok {
 		return Value{}, unknown(name)
 	}
-	text, where := "", ""
+	var text, where string
 	if p.variable != "" {
 		text, where = s.getenv(p.variable), "variable "+p.variable
 	} else {

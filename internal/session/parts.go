@@ -45,17 +45,22 @@ type Credentials interface {
 // Way says what a sandbox reaches with credentials.
 type Way struct {
 	// Values are credentials by name, Secrets names of configured ones.
-	Values       map[string]string
-	Secrets      map[string]string
+	Values  map[string]string
+	Secrets map[string]string
+	// Inline are the names of all values that were given, also before a restart.
+	Inline       []string
 	Repositories []Repository
 	// Model is nil without an agent.
 	Model *Model
+	// Auth is the content of the agent's file of log-ins; "" for none.
+	Auth string
 }
 
 // Workspace prepares what lies in /workspace, and saves it.
 type Workspace interface {
-	// Locate completes a repository as it was asked for; a fault Invalid about it.
-	Locate(r Repository) (Repository, error)
+	// Plan completes repositories as they were asked for: each has a URL and a Directory of
+	// its own. A fault Invalid about one of them.
+	Plan(all []Repository) ([]Repository, error)
 	// Configure sets git up in a new sandbox: identity, rules, the ways to remotes.
 	Configure(ctx context.Context, sb engine.Sandbox, id Identity, repositories []Repository) error
 	// Clone clones a repository; one that is there already is left as it is.
@@ -64,12 +69,13 @@ type Workspace interface {
 	MemoryVolume(r Repository) string
 	// OpenMemory makes the memory of a new sandbox ready; it is mounted.
 	OpenMemory(ctx context.Context, sb engine.Sandbox) error
-	// CommitMemory makes what the agent remembers lasting.
-	CommitMemory(ctx context.Context, sb engine.Sandbox) error
+	// CommitMemory makes what the agent remembers part of what all sessions remember; last
+	// says that the agent is not going to remember more.
+	CommitMemory(ctx context.Context, sb engine.Sandbox, last bool) error
 	// Save keeps what was neither committed nor pushed, under a ref of this name where there
 	// is a remote that can be written to. whole is false if the sandbox has more than was
 	// saved. A SavedWork without a Commit: there was nothing to save.
-	Save(ctx context.Context, sb engine.Sandbox, c Checkout, ref string) (saved SavedWork, whole bool, err error)
+	Save(ctx context.Context, sb engine.Sandbox, c Checkout, ref string, id Identity) (saved SavedWork, whole bool, err error)
 	// Diff tells what differs from what was checked out.
 	Diff(ctx context.Context, sb engine.Sandbox, c Checkout) (RepositoryDiff, error)
 }
@@ -102,8 +108,6 @@ type Agents interface {
 type AgentStart struct {
 	Spec AgentSpec
 	Way  Way
-	// Auth is the content of the agent's file of log-ins; "" for none.
-	Auth string
 	// Conversation goes on; "" begins one.
 	Conversation string
 	// Tell is told how far it is, and later of changes of its state. It must not block.

@@ -90,14 +90,18 @@ func generation(sb engine.Sandbox) string {
 
 type workspace struct{ *furniture }
 
-func (f workspace) Locate(r session.Repository) (session.Repository, error) {
-	if r.URL == "bad" {
-		return r, fault.InvalidField("REPOSITORY_URL", "repositories", "bad")
+func (f workspace) Plan(all []session.Repository) ([]session.Repository, error) {
+	var planned []session.Repository
+	for _, r := range all {
+		if r.URL == "bad" {
+			return nil, fault.InvalidField("REPOSITORY_URL", "repositories", "bad")
+		}
+		if r.Directory == "" {
+			r.Directory = r.URL[strings.LastIndex(r.URL, "/")+1:]
+		}
+		planned = append(planned, r)
 	}
-	if r.Directory == "" {
-		r.Directory = r.URL[strings.LastIndex(r.URL, "/")+1:]
-	}
-	return r, nil
+	return planned, nil
 }
 
 func (f workspace) Configure(ctx context.Context, _ engine.Sandbox, id session.Identity, _ []session.Repository) error {
@@ -115,11 +119,11 @@ func (f workspace) OpenMemory(ctx context.Context, _ engine.Sandbox) error {
 	return f.do(ctx, "open memory")
 }
 
-func (f workspace) CommitMemory(ctx context.Context, _ engine.Sandbox) error {
+func (f workspace) CommitMemory(ctx context.Context, _ engine.Sandbox, _ bool) error {
 	return f.do(ctx, "commit memory")
 }
 
-func (f workspace) Save(ctx context.Context, _ engine.Sandbox, c session.Checkout, ref string) (session.SavedWork, bool, error) {
+func (f workspace) Save(ctx context.Context, _ engine.Sandbox, c session.Checkout, ref string, _ session.Identity) (session.SavedWork, bool, error) {
 	return session.SavedWork{Ref: ref, Commit: "badcab"}, !f.unsaved, f.do(ctx, "save %s", c.Path)
 }
 

@@ -73,7 +73,7 @@ func (l *live) saveWork(ctx context.Context, record Session) (all []SavedWork, w
 		err := l.do(StepSave, c.Path, func() error {
 			ctx, stop := context.WithTimeoutCause(ctx, saveTime, fmt.Errorf("not saved within %v", saveTime))
 			defer stop()
-			saved, all1, err := l.service.cfg.Parts.Workspace.Save(ctx, l.sandbox, c, wipRef(record.ID))
+			saved, all1, err := l.service.cfg.Parts.Workspace.Save(ctx, l.sandbox, c, wipRef(record.ID), record.Details.Identity)
 			whole = whole && all1 && err == nil
 			if saved.Commit != "" || saved.Detail != "" {
 				saved.Path, saved.Time = c.Path, time.Now()
@@ -125,7 +125,7 @@ func (l *live) stopAgent(ctx context.Context) {
 // commitMemory makes what the agent remembers lasting, and tells of it.
 func (l *live) commitMemory(ctx context.Context, record Session) {
 	if remembers(record) {
-		_ = l.do(StepCommitMemory, "", func() error { return l.commit(ctx) }) // the step tells
+		_ = l.do(StepCommitMemory, "", func() error { return l.commit(ctx, true) }) // the step tells
 	}
 }
 
@@ -134,7 +134,7 @@ func (l *live) commitQuietly(ctx context.Context, record Session) {
 	if !remembers(record) {
 		return
 	}
-	if err := l.commit(ctx); err != nil && ctx.Err() == nil {
+	if err := l.commit(ctx, false); err != nil && ctx.Err() == nil {
 		l.step(StepCommitMemory, StepFailed, "", err.Error())
 	}
 }
@@ -144,10 +144,10 @@ func remembers(record Session) bool {
 	return record.Details.Agent != nil && len(record.Details.Repositories) > 0
 }
 
-func (l *live) commit(ctx context.Context) error {
+func (l *live) commit(ctx context.Context, last bool) error {
 	ctx, stop := context.WithTimeoutCause(ctx, commitTime, fmt.Errorf("not committed within %v", commitTime))
 	defer stop()
-	return errors.Join(l.service.cfg.Parts.Workspace.CommitMemory(ctx, l.sandbox), l.sandbox.CommitVolumes(ctx))
+	return errors.Join(l.service.cfg.Parts.Workspace.CommitMemory(ctx, l.sandbox, last), l.sandbox.CommitVolumes(ctx))
 }
 
 // dropSnapshot removes the snapshot of a session that ends while it rests, unless its work

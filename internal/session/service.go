@@ -169,33 +169,25 @@ func (s *Service) Create(ctx context.Context, r Request) (Session, error) {
 // details checks what a session is to have beside its sandbox.
 func (s *Service) details(r Request) (Details, error) {
 	d := Details{
-		Repositories: slices.Clone(r.Repositories), Identity: r.Identity, Agent: r.Agent, Secrets: r.Secrets,
+		Identity: r.Identity, Agent: r.Agent, Secrets: r.Secrets,
 		IdleTimeout: r.IdleTimeout, IdleAction: r.IdleAction, Image: r.Image,
 	}
-	if len(d.Repositories) == 0 && d.Agent == nil && d.Image == "" {
+	if len(r.Repositories) == 0 && d.Agent == nil && d.Image == "" {
 		return d, nil
 	}
 	if s.cfg.Parts.Workspace == nil {
 		return d, fault.New(fault.FailedPrecondition, "NO_AGENTS", "this executord makes plain sandboxes only: without repositories, agents and images")
 	}
-	seen := make(map[string]int)
-	for i, each := range d.Repositories {
-		located, err := s.cfg.Parts.Workspace.Locate(each)
-		if err != nil {
-			return d, err
-		}
-		if first, ok := seen[located.Directory]; ok {
-			return d, fault.InvalidField("REPOSITORY", fmt.Sprintf("repositories[%d].directory", i),
-				"%q is that of repositories[%d], too; give one of them another", located.Directory, first)
-		}
-		seen[located.Directory] = i
-		d.Repositories[i] = located
+	planned, err := s.cfg.Parts.Workspace.Plan(r.Repositories)
+	if err != nil {
+		return d, err
 	}
+	d.Repositories = planned
 	for name := range r.Values {
 		d.Inline = append(d.Inline, name)
 	}
 	slices.Sort(d.Inline)
-	way := Way{Values: r.Values, Secrets: r.Secrets, Repositories: d.Repositories}
+	way := Way{Values: r.Values, Secrets: r.Secrets, Inline: d.Inline, Repositories: d.Repositories, Auth: r.Auth}
 	if d.Agent != nil {
 		way.Model = &d.Agent.Model
 	}

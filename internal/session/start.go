@@ -187,7 +187,7 @@ func (l *live) cloneProgress(r Repository, p Progress) {
 func (l *live) way(d Details) Way {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	w := Way{Values: l.values, Secrets: d.Secrets, Repositories: d.Repositories}
+	w := Way{Values: l.values, Secrets: d.Secrets, Inline: d.Inline, Repositories: d.Repositories, Auth: l.auth}
 	if d.Agent != nil {
 		w.Model = &d.Agent.Model
 	}
@@ -196,11 +196,8 @@ func (l *live) way(d Details) Way {
 
 // startAgent starts the agent of a sandbox or joins the one that runs in it.
 func (l *live) startAgent(ctx context.Context, sandbox engine.Sandbox, d *Details) error {
-	l.mu.Lock()
-	auth := l.auth
-	l.mu.Unlock()
 	server, err := l.service.cfg.Parts.Agents.Start(ctx, sandbox, AgentStart{
-		Spec: *d.Agent, Way: l.way(*d), Auth: auth, Conversation: d.Conversation, Tell: l.agentTold,
+		Spec: *d.Agent, Way: l.way(*d), Conversation: d.Conversation, Tell: l.agentTold,
 	})
 	if err != nil {
 		return err

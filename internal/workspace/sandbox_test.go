@@ -3,7 +3,6 @@ package workspace_test
 import (
 	"context"
 	"encoding/base64"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -35,6 +34,12 @@ type box struct {
 
 func newBox(t *testing.T) box {
 	t.Helper()
+	return newBoxes(t, 1, "")[0]
+}
+
+// newBoxes makes sandboxes, with a volume of theirs at the memory's place if it has a name.
+func newBoxes(t *testing.T, n int, volume string) []box {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: a sandbox that looks as in service")
 	}
@@ -49,21 +54,34 @@ func newBox(t *testing.T) box {
 	if err != nil {
 		t.Skipf("this host cannot make local sandboxes: %v", err)
 	}
-	sb, err := e.Create(t.Context(), engine.Spec{ID: "workspace-test", Network: engine.NetworkNone})
-	if err != nil {
-		t.Fatal(errors.Join(err, e.Close()))
-	}
-	b := box{t, sb, guestclient.New(sb)}
+	var boxes []box
 	t.Cleanup(func() {
-		b.Close()
-		if _, err := sb.Terminate(context.Background()); err != nil {
-			t.Error(err)
+		for _, b := range boxes {
+			b.Close()
+			if _, err := b.sandbox.Terminate(context.Background()); err != nil {
+				t.Error(err)
+			}
 		}
 		if err := e.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return b
+	spec := engine.Spec{Network: engine.NetworkNone}
+	if volume != "" {
+		if err := e.Volumes().Ensure(t.Context(), volume); err != nil {
+			t.Fatal(err)
+		}
+		spec.Volumes = []engine.VolumeMount{{Name: volume, Path: memory.Mount}}
+	}
+	for i := range n {
+		spec.ID = fmt.Sprint("workspace-test-", i)
+		sb, err := e.Create(t.Context(), spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		boxes = append(boxes, box{t, sb, guestclient.New(sb)})
+	}
+	return boxes
 }
 
 // bash runs a script as the agent would, and returns what it wrote and its exit code.
@@ -221,22 +239,44 @@ func TestCredentialsStayOutside(t *testing.T) {
 	}
 }
 
-// The memory works with what a sandbox has.
-func TestMemoryInSandbox(t *testing.T) {
-	b := newBox(t)
-	b.must("/", `mkdir -p /app && echo '{"entities":[{"name":"a","entityType":"k","observations":["1"]}],"relations":[]}' >/app/memory-seed.json`)
-	m, err := memory.Open(t.Context(), memory.Config{Runner: b, Session: "s-1"})
+// The memory works with what sandboxes have, on a volume that two of them share.
+func TestMemoryInSandboxes(t *testing.T) {
+	remote, err := workspace.ParseURL("https://github.com/harvest-run/repo", false)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.must("/", `test -L `+memory.File+` && sed -i --follow-symlinks 's/"1"/"1","2"/' `+memory.File)
-	if did, err := m.Commit(t.Context()); err != nil || !did {
-		t.Errorf("%v, %v", did, err)
+	boxes := newBoxes(t, 2, memory.VolumeName(remote))
+	memories := make([]*memory.Memory, len(boxes))
+	var work sync.WaitGroup
+	for i, b := range boxes {
+		b.must("/", `mkdir -p /app && echo '{"entities":[{"name":"a","entityType":"k","observations":["0"]}],"relations":[]}' >/app/memory-seed.json`)
+		work.Go(func() {
+			var err error
+			if memories[i], err = memory.Open(t.Context(), memory.Config{Runner: b, Session: fmt.Sprint("s-", i)}); err != nil {
+				t.Error(err)
+			}
+		})
 	}
-	if err := m.Close(t.Context()); err != nil {
-		t.Error(err)
+	work.Wait()
+	if t.Failed() {
+		t.FailNow()
 	}
-	if got := b.must("/", "cat "+memory.Mount+"/memory.jsonl; ls "+memory.Mount+"/sessions"); got != `{"entityType":"k","name":"a","observations":["1","2"],"type":"entity"}` {
-		t.Error(got)
+	for i, b := range boxes {
+		b.must("/", fmt.Sprintf(`sed -i 's/"0"/"0","%d"/' %s`, i+1, memory.File))
+		work.Go(func() {
+			if did, err := memories[i].Commit(t.Context()); err != nil || !did {
+				t.Errorf("%v, %v", did, err)
+			}
+			if err := memories[i].Close(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	work.Wait()
+	for _, b := range boxes {
+		got := b.must("/", "cat "+memory.Mount+"/memory.jsonl; ls "+memory.Mount+"/sessions")
+		if !strings.Contains(got, `"observations":["0","1","2"]`) && !strings.Contains(got, `"observations":["0","2","1"]`) || strings.Contains(got, "s-") {
+			t.Error(got)
+		}
 	}
 }

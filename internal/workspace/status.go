@@ -162,3 +162,31 @@ func (t Tree) unpushed(ctx context.Context, s Status) ([]Unpushed, error) {
 	}
 	return found, nil
 }
+
+// Diff is what the working tree differs by from a commit, as a patch: committed or not,
+// with the files that git does not know yet and is not told to ignore. The index that is
+// there is not touched.
+func (t Tree) Diff(ctx context.Context, commit string) ([]byte, error) {
+	env := map[string]string{"GIT_INDEX_FILE": diffIndex}
+	defer func() {
+		// A left-over index is written over by the next.
+		_, _ = run(context.WithoutCancel(ctx), t.Runner, t.Dir, commandTime, nil, nil, "rm", "-f", "--", diffIndex)
+	}()
+	if commit == "" {
+		commit = emptyTree
+	}
+	if _, err := t.gitWith(ctx, env, "read-tree", commit); err != nil {
+		return nil, err
+	}
+	if _, err := t.gitWith(ctx, env, "add", "--all", "--ignore-errors", "--", "."); err != nil {
+		return nil, err
+	}
+	text, err := t.gitWith(ctx, env, "diff", "--cached", "--no-color", "--no-ext-diff", "--no-textconv", "--find-renames", commit, "--")
+	return []byte(text), err
+}
+
+const (
+	diffIndex = "/tmp/.harvest-diff-index"
+	// emptyTree is git's name of a tree with nothing in it.
+	emptyTree = "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+)

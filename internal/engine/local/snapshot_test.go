@@ -253,6 +253,26 @@ func TestThawed(t *testing.T) {
 	if read() != before {
 		t.Error("what is frozen goes on")
 	}
+	// The guest answers meanwhile, and what is started waits.
+	c := guestclient.New(sb)
+	defer c.Close()
+	if _, err := c.Info(t.Context()); err != nil {
+		t.Error(err)
+	}
+	started := make(chan error, 1)
+	var work sync.WaitGroup
+	defer work.Wait()
+	work.Go(func() {
+		_, err := c.Run(t.Context(), guestclient.Command{Args: []string{"touch", "/workspace/started"}})
+		started <- err
+	})
+	time.Sleep(100 * time.Millisecond)
+	if _, err := os.Lstat(filepath.Join(filepath.Dir(now), "started")); err == nil {
+		t.Error("what is started does not wait")
+	}
+	if _, err := c.Info(t.Context()); err != nil {
+		t.Error(err)
+	}
 	if err := e.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -262,6 +282,9 @@ func TestThawed(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, "the processes go on", func() bool { text := read(); return text != before && text != "" })
+	if err := <-started; err != nil {
+		t.Error(err)
+	}
 	mustSnapshot(t, again)
 	if _, err := again.Terminate(t.Context()); err != nil {
 		t.Error(err)

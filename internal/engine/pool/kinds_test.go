@@ -3,6 +3,7 @@ package pool
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -142,7 +143,7 @@ func TestImageIsGone(t *testing.T) {
 				sb.Terminate(t.Context())
 			}
 			time.Sleep(time.Second)
-			if n := len(p.kinds); n != 1 {
+			if n := len(strings.Fields(p.has())); n != 1 {
 				t.Errorf("%d kinds", n)
 			}
 		}

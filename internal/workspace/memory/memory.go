@@ -24,9 +24,11 @@ import (
 const (
 	// Mount is where the volume is mounted.
 	Mount = "/root/.mcp-memory"
-	// File is what the memory MCP server is given as MEMORY_FILE_PATH: a link to the
-	// session's own copy.
-	File = "/root/.harvest/memory.jsonl"
+	// Link leads to the directory of the session's own copy. It is the directory that is
+	// linked and not the file, which the server replaces with each change.
+	Link = "/root/.harvest/memory"
+	// File is what the memory MCP server is given as MEMORY_FILE_PATH.
+	File = Link + "/memory.jsonl"
 	// SeedFile is what an empty memory begins with, in the image.
 	SeedFile = "/app/memory-seed.json"
 )
@@ -54,8 +56,8 @@ type Config struct {
 	Runner workspace.Runner
 	// Session is the name of its copy: 1 to 63 characters a-z, 0-9 and hyphen.
 	Session string
-	// Mount, File and Seed are those of the constants if they are "".
-	Mount, File, Seed string
+	// Mount, Link and Seed are Mount, Link and SeedFile if they are "".
+	Mount, Link, Seed string
 }
 
 // Memory is a session's. Its methods must not be called at the same time.
@@ -65,7 +67,7 @@ type Memory struct{ cfg Config }
 // gives the session its copy; one that has it already keeps it. Faults: FailedPrecondition with
 // MEMORY_SEED.
 func Open(ctx context.Context, cfg Config) (*Memory, error) {
-	for field, value := range map[*string]string{&cfg.Mount: Mount, &cfg.File: File, &cfg.Seed: SeedFile} {
+	for field, value := range map[*string]string{&cfg.Mount: Mount, &cfg.Link: Link, &cfg.Seed: SeedFile} {
 		if *field == "" {
 			*field = value
 		}
@@ -82,8 +84,10 @@ func Open(ctx context.Context, cfg Config) (*Memory, error) {
 	}
 	// The base first: a copy without one would look as if all of it were new, which is
 	// harmless; a base without a copy as if all of it had been deleted. The copy appears whole.
+	// A directory in the link's place, as an image may have, gives way.
 	_, err := m.script(ctx, nil, `set -e; mkdir -p -- "$2" "$(dirname -- "$3")"; if [ ! -e "$2/memory.jsonl" ]; then cp -- "$1/memory.jsonl" "$2/base.new"; cp -- "$2/base.new" "$2/memory.new"; `+
-		`mv -f -- "$2/base.new" "$2/base.jsonl"; mv -f -- "$2/memory.new" "$2/memory.jsonl"; fi; ln -sfn -- "$2/memory.jsonl" "$3"`, cfg.Mount, m.dir(cfg.Session), cfg.File)
+		`mv -f -- "$2/base.new" "$2/base.jsonl"; mv -f -- "$2/memory.new" "$2/memory.jsonl"; fi; `+
+		`if [ -d "$3" ] && [ ! -L "$3" ]; then rmdir -- "$3" 2>/dev/null || mv -T -- "$3" "$3.before-$(date +%s)"; fi; ln -sfnT -- "$2" "$3"`, cfg.Mount, m.dir(cfg.Session), cfg.Link)
 	if err != nil {
 		return nil, fmt.Errorf("give the session its copy of the memory: %w", err)
 	}
@@ -138,8 +142,8 @@ func withInput(data []byte) []byte {
 	return data
 }
 
-// read reads a file; missing ones are nil. steady waits until nobody is writing it: the
-// server truncates it first.
+// read reads a file; missing ones are nil. steady waits until nobody is writing it: a
+// server that does not rename truncates it first.
 func (m *Memory) read(ctx context.Context, file string, steady bool) ([]byte, error) {
 	text := `[ -e "$1" ] || exit 77; cat -- "$1"`
 	if steady {
@@ -268,7 +272,7 @@ func (m *Memory) Close(ctx context.Context) error {
 	if _, err := m.Commit(ctx); err != nil {
 		return err
 	}
-	if _, err := m.script(ctx, nil, `rm -rf -- "$1"; rm -f -- "$2"`, m.dir(m.cfg.Session), m.cfg.File); err != nil {
+	if _, err := m.script(ctx, nil, `rm -rf -- "$1"; rm -f -- "$2"`, m.dir(m.cfg.Session), m.cfg.Link); err != nil {
 		return fmt.Errorf("give up the copy of the memory: %w", err)
 	}
 	return nil

@@ -212,7 +212,7 @@ func (b box) put(path, text string) {
 }
 
 func (b box) config(session string) Config {
-	return Config{Runner: b.host, Session: session, Mount: filepath.Join(b.dir, "volume"), File: filepath.Join(b.dir, session, "memory.jsonl"), Seed: b.seed}
+	return Config{Runner: b.host, Session: session, Mount: filepath.Join(b.dir, "volume"), Link: filepath.Join(b.dir, "home", session), Seed: b.seed}
 }
 
 func (b box) open(session string) *Memory {
@@ -227,7 +227,7 @@ func (b box) open(session string) *Memory {
 // learn does what the server does: reads all, writes all.
 func (b box) learn(m *Memory, name, observation string) {
 	b.t.Helper()
-	data, err := os.ReadFile(m.cfg.File)
+	data, err := os.ReadFile(file(m))
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -237,7 +237,19 @@ func (b box) learn(m *Memory, name, observation string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.put(m.cfg.File, strings.TrimSpace(string(data)))
+	b.replace(m, strings.TrimSpace(string(data)))
+}
+
+// file is what the server is told.
+func file(m *Memory) string { return filepath.Join(m.cfg.Link, "memory.jsonl") }
+
+// replace writes the file as the server does: beside it, and renamed.
+func (b box) replace(m *Memory, text string) {
+	b.t.Helper()
+	b.put(file(m)+".tmp", text)
+	if err := os.Rename(file(m)+".tmp", file(m)); err != nil {
+		b.t.Fatal(err)
+	}
 }
 
 func (b box) commit(m *Memory, want bool) {
@@ -268,6 +280,9 @@ func (b box) shared() string {
 
 func TestMemory(t *testing.T) {
 	b := newBox(t)
+	if err := os.MkdirAll(filepath.Join(b.dir, "home", "one", "of-the-image"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	one := b.open("one")
 	if got := b.shared(); got != "seed=s" {
 		t.Error(got)
@@ -307,7 +322,7 @@ func TestMemory(t *testing.T) {
 	}
 	b.commit(lost, false)
 	// One that was killed in the middle of a write deletes nothing.
-	b.put(lost.cfg.File, `{"type":"entity","name":"new","entityType":"k","observations":[]}`+"\n"+`{"type":"enti`)
+	b.put(file(lost), `{"type":"entity","name":"new","entityType":"k","observations":[]}`+"\n"+`{"type":"enti`)
 	b.commit(lost, true)
 	if got := b.shared(); got != "a=1,3 b=2 lost=x new= seed=s" {
 		t.Error(got)
@@ -323,7 +338,7 @@ func TestMemory(t *testing.T) {
 	if kept, err := os.ReadFile(filepath.Join(b.dir, "volume", "damaged-lost.jsonl")); err != nil || !strings.HasSuffix(string(kept), `"enti`) {
 		t.Errorf("%s, %v", kept, err)
 	}
-	b.put(lost.cfg.File, strings.Repeat("x", maxFile+1))
+	b.put(file(lost), strings.Repeat("x", maxFile+1))
 	if _, err := lost.Commit(t.Context()); fault.ReasonOf(err) != "MEMORY_TOO_LARGE" && err == nil {
 		t.Error(err)
 	}

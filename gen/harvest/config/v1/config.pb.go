@@ -140,7 +140,7 @@ func (x Network_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Network_Mode.Descriptor instead.
 func (Network_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4, 0}
 }
 
 // Level is how important a line must be.
@@ -201,7 +201,7 @@ func (x Log_Level) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Level.Descriptor instead.
 func (Log_Level) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6, 0}
 }
 
 // Format is what a line looks like.
@@ -254,7 +254,7 @@ func (x Log_Format) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Log_Format.Descriptor instead.
 func (Log_Format) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4, 1}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6, 1}
 }
 
 // ClientAuth says what clients must show.
@@ -307,7 +307,7 @@ func (x Tls_ClientAuth) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Tls_ClientAuth.Descriptor instead.
 func (Tls_ClientAuth) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13, 0}
 }
 
 // Method is a way to show who one is.
@@ -365,7 +365,7 @@ func (x Auth_Method) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Auth_Method.Descriptor instead.
 func (Auth_Method) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14, 0}
 }
 
 // Help is what a person who sets a field is told about it.
@@ -474,6 +474,10 @@ type Config struct {
 	Pool *Pool `protobuf:"bytes,14,opt,name=pool,proto3" json:"pool,omitempty"`
 	// How long what has ended is kept, and how much room it may take.
 	Retention *Retention `protobuf:"bytes,15,opt,name=retention,proto3" json:"retention,omitempty"`
+	// Credentials that executord adds to requests of sandboxes on the way out.
+	Broker *Broker `protobuf:"bytes,18,opt,name=broker,proto3" json:"broker,omitempty"`
+	// What sessions with repositories and agents get that say nothing else.
+	Sessions *Sessions `protobuf:"bytes,20,opt,name=sessions,proto3" json:"sessions,omitempty"`
 	// How images are made.
 	Images        *Images `protobuf:"bytes,21,opt,name=images,proto3" json:"images,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -615,11 +619,90 @@ func (x *Config) GetRetention() *Retention {
 	return nil
 }
 
+func (x *Config) GetBroker() *Broker {
+	if x != nil {
+		return x.Broker
+	}
+	return nil
+}
+
+func (x *Config) GetSessions() *Sessions {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
 func (x *Config) GetImages() *Images {
 	if x != nil {
 		return x.Images
 	}
 	return nil
+}
+
+// Sessions says what sessions get that say nothing else.
+type Sessions struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Who commits: a name without "(Harvest)", which is added. Default Developer.
+	AuthorName string `protobuf:"bytes,1,opt,name=author_name,json=authorName,proto3" json:"author_name,omitempty"`
+	// The address of who commits. Default dev@example.com.
+	AuthorEmail string `protobuf:"bytes,2,opt,name=author_email,json=authorEmail,proto3" json:"author_email,omitempty"`
+	// The model of agents, PROVIDER/MODEL; the provider is anthropic or openai. Default
+	// anthropic/claude-sonnet-4-5.
+	Model         string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Sessions) Reset() {
+	*x = Sessions{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Sessions) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Sessions) ProtoMessage() {}
+
+func (x *Sessions) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Sessions.ProtoReflect.Descriptor instead.
+func (*Sessions) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Sessions) GetAuthorName() string {
+	if x != nil {
+		return x.AuthorName
+	}
+	return ""
+}
+
+func (x *Sessions) GetAuthorEmail() string {
+	if x != nil {
+		return x.AuthorEmail
+	}
+	return ""
+}
+
+func (x *Sessions) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // Images says where what images are made of is taken from. The proxy of network applies to
@@ -644,7 +727,7 @@ type Images struct {
 
 func (x *Images) Reset() {
 	*x = Images{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -656,7 +739,7 @@ func (x *Images) String() string {
 func (*Images) ProtoMessage() {}
 
 func (x *Images) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[2]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -669,7 +752,7 @@ func (x *Images) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Images.ProtoReflect.Descriptor instead.
 func (*Images) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Images) GetDebianMirror() string {
@@ -727,7 +810,7 @@ type Network struct {
 
 func (x *Network) Reset() {
 	*x = Network{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +822,7 @@ func (x *Network) String() string {
 func (*Network) ProtoMessage() {}
 
 func (x *Network) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[3]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +835,7 @@ func (x *Network) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Network.ProtoReflect.Descriptor instead.
 func (*Network) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Network) GetDefaultMode() Network_Mode {
@@ -790,6 +873,68 @@ func (x *Network) GetNameserver() string {
 	return ""
 }
 
+// Broker says which credentials executord adds to requests of sandboxes, so that they
+// need not be inside, and where to.
+type Broker struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Named secrets: each NAME=env:VARIABLE or NAME=file:/PATH, at most 256. They are read
+	// when they are used, so a changed file is used from then on; it must be readable by
+	// nobody else (0600), and VARIABLE is one of executord's own. What is named here are
+	// places and never the secrets themselves. In a variable they are separated by blanks;
+	// a flag is given once for each. Default none.
+	Secrets []string `protobuf:"bytes,1,rep,name=secrets,proto3" json:"secrets,omitempty"`
+	// Addresses that upstreams may have although they are private or special, and the only
+	// ones that are spoken to without TLS: IP:PORT,PORT… or CIDR:PORT,PORT…, at most 256.
+	// In a variable they are separated by blanks. Default none.
+	PrivateUpstreams []string `protobuf:"bytes,2,rep,name=private_upstreams,json=privateUpstreams,proto3" json:"private_upstreams,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Broker) Reset() {
+	*x = Broker{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Broker) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Broker) ProtoMessage() {}
+
+func (x *Broker) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Broker.ProtoReflect.Descriptor instead.
+func (*Broker) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Broker) GetSecrets() []string {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *Broker) GetPrivateUpstreams() []string {
+	if x != nil {
+		return x.PrivateUpstreams
+	}
+	return nil
+}
+
 // Log says what is logged. The log goes to standard error.
 type Log struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -803,7 +948,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -815,7 +960,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[4]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -828,7 +973,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{4}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Log) GetLevel() Log_Level {
@@ -870,7 +1015,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +1027,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[5]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +1040,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{5}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Limits) GetMemoryBytes() int64 {
@@ -948,7 +1093,7 @@ type Output struct {
 
 func (x *Output) Reset() {
 	*x = Output{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -960,7 +1105,7 @@ func (x *Output) String() string {
 func (*Output) ProtoMessage() {}
 
 func (x *Output) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[6]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -973,7 +1118,7 @@ func (x *Output) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Output.ProtoReflect.Descriptor instead.
 func (*Output) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{6}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Output) GetDefaultRetainedBytes() int64 {
@@ -1018,7 +1163,7 @@ type Local struct {
 
 func (x *Local) Reset() {
 	*x = Local{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1030,7 +1175,7 @@ func (x *Local) String() string {
 func (*Local) ProtoMessage() {}
 
 func (x *Local) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[7]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1043,7 +1188,7 @@ func (x *Local) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Local.ProtoReflect.Descriptor instead.
 func (*Local) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{7}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Local) GetUidBase() uint32 {
@@ -1103,7 +1248,7 @@ type Admission struct {
 
 func (x *Admission) Reset() {
 	*x = Admission{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1260,7 @@ func (x *Admission) String() string {
 func (*Admission) ProtoMessage() {}
 
 func (x *Admission) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[8]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1273,7 @@ func (x *Admission) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Admission.ProtoReflect.Descriptor instead.
 func (*Admission) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{8}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Admission) GetMaxRunning() uint32 {
@@ -1176,7 +1321,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1188,7 +1333,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[9]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1201,7 +1346,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{9}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Pool) GetSize() uint32 {
@@ -1240,7 +1385,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1397,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1410,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Retention) GetMaxAge() *durationpb.Duration {
@@ -1310,7 +1455,7 @@ type Tls struct {
 
 func (x *Tls) Reset() {
 	*x = Tls{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1467,7 @@ func (x *Tls) String() string {
 func (*Tls) ProtoMessage() {}
 
 func (x *Tls) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1480,7 @@ func (x *Tls) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tls.ProtoReflect.Descriptor instead.
 func (*Tls) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Tls) GetCertFile() string {
@@ -1384,7 +1529,7 @@ type Auth struct {
 
 func (x *Auth) Reset() {
 	*x = Auth{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1396,7 +1541,7 @@ func (x *Auth) String() string {
 func (*Auth) ProtoMessage() {}
 
 func (x *Auth) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1409,7 +1554,7 @@ func (x *Auth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Auth.ProtoReflect.Descriptor instead.
 func (*Auth) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Auth) GetMethods() []Auth_Method {
@@ -1469,7 +1614,7 @@ type Oidc struct {
 
 func (x *Oidc) Reset() {
 	*x = Oidc{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1481,7 +1626,7 @@ func (x *Oidc) String() string {
 func (*Oidc) ProtoMessage() {}
 
 func (x *Oidc) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1494,7 +1639,7 @@ func (x *Oidc) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Oidc.ProtoReflect.Descriptor instead.
 func (*Oidc) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Oidc) GetIssuer() string {
@@ -1570,7 +1715,7 @@ type Certificates struct {
 
 func (x *Certificates) Reset() {
 	*x = Certificates{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1582,7 +1727,7 @@ func (x *Certificates) String() string {
 func (*Certificates) ProtoMessage() {}
 
 func (x *Certificates) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1595,7 +1740,7 @@ func (x *Certificates) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificates.ProtoReflect.Descriptor instead.
 func (*Certificates) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Certificates) GetUsers() []string {
@@ -1636,7 +1781,7 @@ type Quotas struct {
 
 func (x *Quotas) Reset() {
 	*x = Quotas{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1648,7 +1793,7 @@ func (x *Quotas) String() string {
 func (*Quotas) ProtoMessage() {}
 
 func (x *Quotas) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1661,7 +1806,7 @@ func (x *Quotas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quotas.ProtoReflect.Descriptor instead.
 func (*Quotas) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Quotas) GetRunningExecutions() int64 {
@@ -1712,7 +1857,8 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
 	"\adefault\x18\x02 \x01(\tR\adefault\x12\x1c\n" +
-	"\tseparator\x18\x03 \x01(\tR\tseparator\"\x9d\t\n" +
+	"\tseparator\x18\x03 \x01(\tR\tseparator\"\x89\n" +
+	"\n" +
 	"\x06Config\x12\x8b\x01\n" +
 	"\x06listen\x18\x01 \x01(\tBs\xbaH\x04r\x02 \x01\x8a\xb5\x18h\n" +
 	"VHOST:PORT or unix:/PATH to listen on; beyond loopback only with TLS and authentication\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -1737,7 +1883,18 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
 	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
 	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\x121\n" +
-	"\x06images\x18\x15 \x01(\v2\x19.harvest.config.v1.ImagesR\x06images\"\xd5\x04\n" +
+	"\x06broker\x18\x12 \x01(\v2\x19.harvest.config.v1.BrokerR\x06broker\x127\n" +
+	"\bsessions\x18\x14 \x01(\v2\x1b.harvest.config.v1.SessionsR\bsessions\x121\n" +
+	"\x06images\x18\x15 \x01(\v2\x19.harvest.config.v1.ImagesR\x06images\"\x87\x03\n" +
+	"\bSessions\x12r\n" +
+	"\vauthor_name\x18\x01 \x01(\tBQ\xbaH\x15r\x13 \x01(\x80\x012\f^[^<>\\n\\r]*$\x8a\xb5\x185\n" +
+	"(who commits in sessions that name nobody\x12\tDeveloperR\n" +
+	"authorName\x12\x83\x01\n" +
+	"\fauthor_email\x18\x02 \x01(\tB`\xbaH\x13r\x11 \x03(\xfe\x012\n" +
+	"^[^<>\\s]+$\x8a\xb5\x18F\n" +
+	"3address of who commits in sessions that name nobody\x12\x0fdev@example.comR\vauthorEmail\x12\x80\x01\n" +
+	"\x05model\x18\x03 \x01(\tBj\xbaH%r#(\xc8\x012\x1e^(anthropic|openai)/[^\\s{}/]+$\x8a\xb5\x18>\n" +
+	"\x1fmodel of agents, PROVIDER/MODEL\x12\x1banthropic/claude-sonnet-4-5R\x05model\"\xd5\x04\n" +
 	"\x06Images\x12\xb1\x01\n" +
 	"\rdebian_mirror\x18\x01 \x01(\tB\x8b\x01\xbaH\x19r\x17(\x80\b2\x12^https?://[^\\s@]+$\x8a\xb5\x18k\n" +
 	"Rmirror of Debian's packages for images, under which debian and debian-security are\x12\x15http://deb.debian.orgR\fdebianMirror\x12x\n" +
@@ -1764,7 +1921,12 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x10MODE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tMODE_NONE\x10\x01\x12\x0f\n" +
 	"\vMODE_EGRESS\x10\x02\x12\r\n" +
-	"\tMODE_HOST\x10\x03\"\x9a\x03\n" +
+	"\tMODE_HOST\x10\x03\"\x98\x03\n" +
+	"\x06Broker\x12\xb8\x01\n" +
+	"\asecrets\x18\x01 \x03(\tB\x9d\x01\xbaHP\x92\x01M\x10\x80\x02\"HrF(\x80 2A^[a-z0-9][a-z0-9._-]{0,62}=(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+)$\x8a\xb5\x18F\n" +
+	"ANAME=env:VARIABLE or NAME=file:/PATH of a secret; may be repeated\x1a\x01 R\asecrets\x12\xd2\x01\n" +
+	"\x11private_upstreams\x18\x02 \x03(\tB\xa4\x01\xbaH@\x92\x01=\x10\x80\x02\x18\x01\"6r422^(\\[[0-9a-fA-F:./]+\\]|[0-9a-fA-F:./]+)(:[0-9,]+)?$\x8a\xb5\x18]\n" +
+	"XIP:PORT or CIDR:PORT,... that upstreams may have although it is private; may be repeated\x1a\x01 R\x10privateUpstreams\"\x9a\x03\n" +
 	"\x03Log\x12\x80\x01\n" +
 	"\x05level\x18\x01 \x01(\x0e2\x1c.harvest.config.v1.Log.LevelBL\xbaH\a\x82\x01\x04\x10\x01 \x00\x8a\xb5\x18>\n" +
 	"6least level that is logged: debug, info, warn or error\x12\x04infoR\x05level\x12j\n" +
@@ -1922,7 +2084,7 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
 	(Network_Mode)(0),                 // 1: harvest.config.v1.Network.Mode
@@ -1932,57 +2094,61 @@ var file_harvest_config_v1_config_proto_goTypes = []any{
 	(Auth_Method)(0),                  // 5: harvest.config.v1.Auth.Method
 	(*Help)(nil),                      // 6: harvest.config.v1.Help
 	(*Config)(nil),                    // 7: harvest.config.v1.Config
-	(*Images)(nil),                    // 8: harvest.config.v1.Images
-	(*Network)(nil),                   // 9: harvest.config.v1.Network
-	(*Log)(nil),                       // 10: harvest.config.v1.Log
-	(*Limits)(nil),                    // 11: harvest.config.v1.Limits
-	(*Output)(nil),                    // 12: harvest.config.v1.Output
-	(*Local)(nil),                     // 13: harvest.config.v1.Local
-	(*Admission)(nil),                 // 14: harvest.config.v1.Admission
-	(*Pool)(nil),                      // 15: harvest.config.v1.Pool
-	(*Retention)(nil),                 // 16: harvest.config.v1.Retention
-	(*Tls)(nil),                       // 17: harvest.config.v1.Tls
-	(*Auth)(nil),                      // 18: harvest.config.v1.Auth
-	(*Oidc)(nil),                      // 19: harvest.config.v1.Oidc
-	(*Certificates)(nil),              // 20: harvest.config.v1.Certificates
-	(*Quotas)(nil),                    // 21: harvest.config.v1.Quotas
-	(*durationpb.Duration)(nil),       // 22: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 23: google.protobuf.FieldOptions
+	(*Sessions)(nil),                  // 8: harvest.config.v1.Sessions
+	(*Images)(nil),                    // 9: harvest.config.v1.Images
+	(*Network)(nil),                   // 10: harvest.config.v1.Network
+	(*Broker)(nil),                    // 11: harvest.config.v1.Broker
+	(*Log)(nil),                       // 12: harvest.config.v1.Log
+	(*Limits)(nil),                    // 13: harvest.config.v1.Limits
+	(*Output)(nil),                    // 14: harvest.config.v1.Output
+	(*Local)(nil),                     // 15: harvest.config.v1.Local
+	(*Admission)(nil),                 // 16: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 17: harvest.config.v1.Pool
+	(*Retention)(nil),                 // 18: harvest.config.v1.Retention
+	(*Tls)(nil),                       // 19: harvest.config.v1.Tls
+	(*Auth)(nil),                      // 20: harvest.config.v1.Auth
+	(*Oidc)(nil),                      // 21: harvest.config.v1.Oidc
+	(*Certificates)(nil),              // 22: harvest.config.v1.Certificates
+	(*Quotas)(nil),                    // 23: harvest.config.v1.Quotas
+	(*durationpb.Duration)(nil),       // 24: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 25: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	22, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	24, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
-	10, // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
-	11, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
-	12, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
-	13, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	17, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
-	18, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
-	9,  // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
-	14, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
-	15, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	16, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
-	8,  // 12: harvest.config.v1.Config.images:type_name -> harvest.config.v1.Images
-	1,  // 13: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
-	1,  // 14: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
-	2,  // 15: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	3,  // 16: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	22, // 17: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	22, // 18: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	22, // 19: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
-	4,  // 20: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
-	5,  // 21: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
-	19, // 22: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
-	20, // 23: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
-	21, // 24: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
-	22, // 25: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
-	23, // 26: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	6,  // 27: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	28, // [28:28] is the sub-list for method output_type
-	28, // [28:28] is the sub-list for method input_type
-	27, // [27:28] is the sub-list for extension type_name
-	26, // [26:27] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	12, // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
+	13, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
+	14, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
+	15, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
+	19, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
+	20, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
+	10, // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
+	16, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	17, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	18, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	11, // 12: harvest.config.v1.Config.broker:type_name -> harvest.config.v1.Broker
+	8,  // 13: harvest.config.v1.Config.sessions:type_name -> harvest.config.v1.Sessions
+	9,  // 14: harvest.config.v1.Config.images:type_name -> harvest.config.v1.Images
+	1,  // 15: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
+	1,  // 16: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
+	2,  // 17: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	3,  // 18: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	24, // 19: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	24, // 20: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	24, // 21: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	4,  // 22: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
+	5,  // 23: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
+	21, // 24: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
+	22, // 25: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
+	23, // 26: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
+	24, // 27: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
+	25, // 28: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	6,  // 29: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	30, // [30:30] is the sub-list for method output_type
+	30, // [30:30] is the sub-list for method input_type
+	29, // [29:30] is the sub-list for extension type_name
+	28, // [28:29] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -1996,7 +2162,7 @@ func file_harvest_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   16,
+			NumMessages:   18,
 			NumExtensions: 1,
 			NumServices:   0,
 		},

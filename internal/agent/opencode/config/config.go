@@ -6,6 +6,7 @@
 package config
 
 import (
+	"encoding/json"
 	"embed"
 	"fmt"
 	"path"
@@ -28,10 +29,10 @@ const (
 	Node     = Tools + "/bin/node"
 	// Workspace holds the repositories.
 	Workspace = "/workspace"
-	// MemoryDir is where a repository's memory is mounted, MemoryFile what the memory
-	// server keeps in it, MemorySeed what it is seeded from.
+	// MemoryDir is where a repository's memory is mounted, MemoryFile the session's own copy
+	// of it, which the memory server works on, MemorySeed what it is seeded from.
 	MemoryDir  = "/root/.mcp-memory"
-	MemoryFile = MemoryDir + "/memory.jsonl"
+	MemoryFile = "/root/.harvest/memory/memory.jsonl"
 	MemorySeed = Dir + "/memory-seed.json"
 )
 
@@ -48,6 +49,9 @@ type Options struct {
 	Model, SmallModel string
 	// Providers of models, by their id.
 	Providers map[string]Provider
+	// Permission is what the agent may do, asks for or may not: allow, ask or deny by the
+	// kind; nil allows everything and lets it ask no questions.
+	Permission map[string]string
 	// The MCP servers that need a key. One with the zero Key is left out.
 	GitHub, Gemini, Sentry, Linear Key
 }
@@ -108,6 +112,16 @@ func (k Key) check() error {
 		return fmt.Errorf("%q is not a plain absolute path", k.File)
 	}
 	return nil
+}
+
+// JSON is the configuration alone: given to OpenCode as OPENCODE_CONFIG_CONTENT it goes
+// over that of the image.
+func (o Options) JSON() (json.RawMessage, error) {
+	settings, err := o.settings()
+	if err != nil {
+		return nil, fmt.Errorf("make the configuration of OpenCode: %w", err)
+	}
+	return settings, nil
 }
 
 // Files returns the files of Dir.

@@ -68,6 +68,9 @@ func (o Options) settings() ([]byte, error) {
 	if s.SmallModel == "" {
 		s.SmallModel = s.Model
 	}
+	if o.Permission != nil {
+		s.Permission = o.Permission
+	}
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)

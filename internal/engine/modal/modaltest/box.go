@@ -24,6 +24,7 @@ type box struct {
 	dir   string // for spools
 	// owner has the goroutines of the box.
 	owner *sync.WaitGroup
+	group group
 	gone  chan struct{} // closed when everything in the box has ended
 
 	mu     sync.Mutex
@@ -41,8 +42,17 @@ type answer struct {
 // errBoxGone is the answer of a box that has ended.
 var errBoxGone = errors.New("the sandbox has ended")
 
+// boxConfig says where a box is.
+type boxConfig struct {
+	dir    string          // for spools
+	groups group           // of all boxes
+	memory uint32          // MiB; 0 is no limit
+	owner  *sync.WaitGroup // has its goroutines
+	shared bool            // it has the host's network
+}
+
 // startBox starts the first process of a sandbox and waits until it is inside.
-func startBox(ctx context.Context, s *setup, dir string, owner *sync.WaitGroup) (*box, error) {
+func startBox(ctx context.Context, s *setup, cfg boxConfig) (*box, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -61,21 +71,28 @@ func startBox(ctx context.Context, s *setup, dir string, owner *sync.WaitGroup) 
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setsid:     true,
-		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC | unix.CLONE_NEWNET,
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
 	}
-	err = cmd.Start()
+	if !cfg.shared {
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWNET
+	}
+	group, err := cfg.groups.of(s.Hostname, cfg.memory)
+	if err == nil {
+		err = group.start(cmd)
+	}
 	theirs.Close()
 	if err != nil {
 		conn.Close()
+		_ = group.remove() // it is empty, or was not made
 		return nil, fmt.Errorf("start the first process of a sandbox: %w", err)
 	}
 	b := &box{
-		first: cmd, conn: conn.(*net.UnixConn), dir: dir, owner: owner, gone: make(chan struct{}),
+		first: cmd, conn: conn.(*net.UnixConn), dir: cfg.dir, owner: cfg.owner, group: group, gone: make(chan struct{}),
 		calls: make(map[string]chan answer), begun: make(map[string]*process),
 	}
 	ready := b.expect("")
-	owner.Go(b.listen)
-	if err := b.send(order{Op: "setup", Setup: s}); err == nil {
+	cfg.owner.Go(b.listen)
+	if err = b.send(order{Op: "setup", Setup: s}); err == nil {
 		_, err = b.await(ctx, ready)
 	}
 	if err != nil {
@@ -122,6 +139,7 @@ func (b *box) listen() {
 	for _, p := range begun {
 		p.exited(news{Signal: int(unix.SIGKILL)})
 	}
+	_ = b.group.remove() // Close tells of what is left
 	close(b.gone)
 }
 
@@ -198,21 +216,33 @@ func (b *box) send(o order, files ...*os.File) error {
 
 // dial connects to a port of the sandbox's own loopback.
 func (b *box) dial(ctx context.Context, port int) (net.Conn, error) {
-	b.mu.Lock()
-	b.number++
-	id := "dial-" + strconv.Itoa(b.number)
-	b.mu.Unlock()
-	c := b.expect(id)
-	if err := b.send(order{Op: "dial", ID: id, Port: port}); err != nil {
-		return nil, err
-	}
-	a, err := b.await(ctx, c)
+	a, err := b.call(ctx, order{Op: "dial", Port: port})
 	if err != nil {
 		return nil, err
 	}
-	if a.file == nil {
-		return nil, errors.New(a.Error)
-	}
 	defer a.file.Close()
 	return net.FileConn(a.file)
+}
+
+// ask has an order done that has nothing to give back.
+func (b *box) ask(ctx context.Context, o order, files ...*os.File) error {
+	_, err := b.call(ctx, o, files...)
+	return err
+}
+
+// call sends an order and waits for its answer.
+func (b *box) call(ctx context.Context, o order, files ...*os.File) (answer, error) {
+	b.mu.Lock()
+	b.number++
+	o.ID = "call-" + strconv.Itoa(b.number)
+	b.mu.Unlock()
+	c := b.expect(o.ID)
+	if err := b.send(o, files...); err != nil {
+		return answer{}, err
+	}
+	a, err := b.await(ctx, c)
+	if err == nil && a.Kind == "failed" {
+		err = errors.New(a.Error)
+	}
+	return a, err
 }

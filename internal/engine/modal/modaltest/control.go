@@ -106,17 +106,11 @@ func (f *Fake) KillWorker(id string, runsFor time.Duration) error {
 	f.mu.Lock()
 	s.workerDead = true
 	box := s.box
-	processes := make([]*process, 0, len(s.processes))
-	for _, p := range s.processes {
-		if p != nil {
-			processes = append(processes, p)
-		}
-	}
+	processes := s.programsLocked()
 	f.mu.Unlock()
 	gone := status.Error(codes.Unavailable, "the worker is gone")
 	for _, p := range processes {
-		p.stdout.finish(gone)
-		p.stderr.finish(gone)
+		p.lose(gone)
 	}
 	if box != nil {
 		box.end()

@@ -66,7 +66,7 @@ func (c *controlPlane) AppGetOrCreate(_ context.Context, r *pb.AppGetOrCreateReq
 
 // SandboxCreateV2 creates a sandbox and answers when it runs.
 func (c *controlPlane) SandboxCreateV2(ctx context.Context, r *pb.SandboxCreateV2Request) (*pb.SandboxCreateV2Response, error) {
-	return c.fake.create(ctx, first(ctx, "x-idempotency-key"), r)
+	return c.fake.create(ctx, first(ctx, "x-idempotency-key"), newID("sb"), r)
 }
 
 // sandbox finds a sandbox that the control plane knows.
@@ -149,7 +149,7 @@ func (c *controlPlane) SandboxGetFromNameV2(_ context.Context, r *pb.SandboxGetF
 	return pb.SandboxGetFromNameResponse_builder{SandboxId: found.id}.Build(), nil
 }
 
-// SandboxGetFromName finds none: there are no sandboxes of the first backend.
+// SandboxGetFromName finds none: the fake has no names for sandboxes of the first backend.
 func (c *controlPlane) SandboxGetFromName(_ context.Context, r *pb.SandboxGetFromNameRequest) (*pb.SandboxGetFromNameResponse, error) {
 	return nil, status.Errorf(codes.NotFound, "sandbox with name %q not found", r.GetSandboxName())
 }
@@ -159,13 +159,17 @@ func seconds(t time.Time) float64 { return float64(t.UnixMicro()) / 1e6 }
 
 // SandboxListV2 lists running sandboxes, the newest first, those from before a time.
 func (c *controlPlane) SandboxListV2(_ context.Context, r *pb.SandboxListRequest) (*pb.SandboxListResponse, error) {
+	return c.list(r, func(*sandbox) bool { return true }), nil
+}
+
+func (c *controlPlane) list(r *pb.SandboxListRequest, wanted func(*sandbox) bool) *pb.SandboxListResponse {
 	f := c.fake
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var found []*sandbox
 	for _, s := range f.sandboxes {
 		before := r.GetBeforeTimestamp() == 0 || seconds(s.created) < r.GetBeforeTimestamp()
-		if !before || s.forgotten || s.ending && !r.GetIncludeFinished() || r.GetAppId() != "" && s.app != r.GetAppId() || !s.hasTags(r.GetTags()) {
+		if !before || !wanted(s) || s.forgotten || s.ending && !r.GetIncludeFinished() || r.GetAppId() != "" && s.app != r.GetAppId() || !s.hasTags(r.GetTags()) {
 			continue
 		}
 		found = append(found, s)
@@ -178,7 +182,7 @@ func (c *controlPlane) SandboxListV2(_ context.Context, r *pb.SandboxListRequest
 			TimeoutSecs: s.definition.GetTimeoutSecs(), TaskInfo: pb.TaskInfo_builder{Id: s.task, SandboxId: s.id, Result: s.result}.Build(),
 		}.Build())
 	}
-	return pb.SandboxListResponse_builder{Sandboxes: page}.Build(), nil
+	return pb.SandboxListResponse_builder{Sandboxes: page}.Build()
 }
 
 func (s *sandbox) hasTags(want []*pb.SandboxTag) bool {

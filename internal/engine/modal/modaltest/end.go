@@ -57,46 +57,55 @@ func (f *Fake) finish(s *sandbox, how ended) {
 	if how.commit {
 		f.lastWords(s)
 	}
+	f.mu.Lock()
+	entry, tunnels := s.entry, s.tunnels
+	processes := s.programsLocked()
+	f.mu.Unlock()
+	for _, p := range processes { // before they end: their output is gone, and not over
+		p.lose(errTaskOver(s.task))
+	}
 	if box != nil {
 		box.end()
+	}
+	if entry != nil {
+		entry.closeInput()
+	}
+	for _, p := range processes {
+		p.closeInput()
+	}
+	for _, t := range tunnels {
+		t.close()
 	}
 	f.mu.Lock()
 	s.result, s.forgotten = how.result, how.forget
 	s.known = time.Now().Add(f.trouble.resultLag)
-	processes := make([]*process, 0, len(s.processes)+1)
-	for _, p := range s.processes {
-		if p != nil {
-			processes = append(processes, p)
-		}
-	}
-	if s.entry != nil {
-		processes = append(processes, s.entry)
-	}
 	f.mu.Unlock()
-	for _, p := range processes {
-		if p != s.entry {
-			p.stdout.finish(errTaskOver(s.task))
-			p.stderr.finish(errTaskOver(s.task))
-		}
-		p.closeInput()
-	}
 	if err := f.remove(s); err != nil {
 		f.log.Error("remove a sandbox", "error", err)
 	}
+}
+
+// programsLocked are the programs that were started in a sandbox, but for its own.
+func (s *sandbox) programsLocked() []*process {
+	all := make([]*process, 0, len(s.processes))
+	for _, p := range s.processes {
+		if p != nil { // one that is being started
+			all = append(all, p)
+		}
+	}
+	return all
 }
 
 // destroy ends a sandbox without anybody hearing of it.
 func (f *Fake) destroy(s *sandbox) {
 	f.finish(s, ended{})
 	f.mu.Lock()
-	processes := s.processes
+	processes := s.programsLocked()
 	s.processes = nil
 	entry := s.entry
 	f.mu.Unlock()
 	for _, p := range processes {
-		if p != nil {
-			p.discard()
-		}
+		p.discard()
 	}
 	if entry != nil {
 		entry.discard()

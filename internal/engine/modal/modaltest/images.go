@@ -184,3 +184,27 @@ func (c *controlPlane) ImageDelete(_ context.Context, r *pb.ImageDeleteRequest) 
 	delete(f.images, r.GetImageId()) // its layers stay: others stand on them
 	return &emptypb.Empty{}, nil
 }
+
+// ImagePublish gives an image a name.
+func (c *controlPlane) ImagePublish(_ context.Context, r *pb.ImagePublishRequest) (*pb.ImagePublishResponse, error) {
+	f := c.fake
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, err := f.imageLocked(r.GetImageId()); err != nil {
+		return nil, err
+	}
+	f.tags[r.GetTag()] = r.GetImageId()
+	return pb.ImagePublishResponse_builder{ImageId: r.GetImageId()}.Build(), nil
+}
+
+// ImageGetByTag finds an image by its name.
+func (c *controlPlane) ImageGetByTag(_ context.Context, r *pb.ImageGetByTagRequest) (*pb.ImageGetByTagResponse, error) {
+	f := c.fake
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	id := f.tags[r.GetTag()]
+	if f.images[id] == nil {
+		return nil, status.Errorf(codes.NotFound, "image %q not found", r.GetTag())
+	}
+	return pb.ImageGetByTagResponse_builder{ImageId: id}.Build(), nil
+}

@@ -46,7 +46,7 @@ func MaybeRun() {
 // order is what the fake wants of the first process of a sandbox. It comes in a file of
 // its own, the first of those that come with a message, so that it may have any size.
 type order struct {
-	// Op is "setup", "start", "signal" or "dial".
+	// Op is "setup", "start", "signal", "dial", "mount" or "unmount".
 	Op string
 	// ID names what is started, or the call that is answered.
 	ID    string
@@ -63,7 +63,7 @@ type order struct {
 
 // news is what the first process of a sandbox tells.
 type news struct {
-	// Kind is "ready", "started", "failed", "exited" or "dialed".
+	// Kind is "ready", "started", "failed", "exited", "dialed" or "done".
 	Kind, ID string
 	Error    string
 	Code     int
@@ -89,11 +89,15 @@ func runInside() error {
 	}
 	file.Close()
 	in := &inside{conn: c.(*net.UnixConn), started: make(map[int]string)}
-	var reaper sync.WaitGroup
-	defer reaper.Wait() // never: the process exits, and with it all in the sandbox
+	// Waited for only in form: the process exits, and with it all in the sandbox.
+	var reaper, dials sync.WaitGroup
+	defer reaper.Wait()
+	defer dials.Wait()
 	children := make(chan os.Signal, 1)
 	signal.Notify(children, unix.SIGCHLD)
-	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGPIPE)
+	// What is sent to it from inside does nothing. Caught and not ignored: that would be
+	// inherited by what it starts.
+	signal.Notify(make(chan os.Signal, 1))
 	for {
 		o, files, err := in.receive()
 		if errors.Is(err, io.EOF) {
@@ -114,7 +118,11 @@ func runInside() error {
 		case "signal":
 			in.signal(o)
 		case "dial":
-			in.dial(o)
+			dials.Go(func() { in.dial(o) })
+		case "mount":
+			in.answer(o, in.mount(o, files))
+		case "unmount":
+			in.answer(o, in.unmount(o))
 		}
 		for _, f := range files {
 			f.Close()
@@ -188,6 +196,15 @@ func (in *inside) tell(n news, file *os.File) {
 	_, _, _ = in.conn.WriteMsgUnix(text, rights, nil)
 }
 
+// answer tells how an order went.
+func (in *inside) answer(o order, err error) {
+	if err != nil {
+		in.tell(news{Kind: "failed", ID: o.ID, Error: err.Error()}, nil)
+		return
+	}
+	in.tell(news{Kind: "done", ID: o.ID}, nil)
+}
+
 func (in *inside) start(o order, files []*os.File) {
 	var master *os.File
 	fail := func(err error) {
@@ -222,6 +239,9 @@ func (in *inside) start(o order, files []*os.File) {
 		return
 	}
 	in.started[p.Pid] = o.ID
+	// At its limit of memory a sandbox loses programs, and not this one. An error is that
+	// it has ended already.
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", p.Pid), []byte("500"), 0o644)
 	pid := p.Pid
 	_ = p.Release() // reap waits for it
 	in.tell(news{Kind: "started", ID: o.ID, Code: pid}, master)

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -50,6 +51,9 @@ type Config struct {
 	// RoundTrip is added to every exchange with a client, half on each way. See
 	// SetRoundTrip.
 	RoundTrip time.Duration
+	// HostNetwork gives sandboxes whose network is open that of the host. Otherwise they
+	// have one of their own with nothing but loopback, as those have that are blocked.
+	HostNetwork bool
 	// ForgetRequests makes it answer a repeated creation as if it were a new one. It is
 	// not known whether Modal keeps the idempotency keys that the SDK sends.
 	ForgetRequests bool
@@ -67,13 +71,17 @@ type Fake struct {
 	key     []byte // signs tokens
 	server  *grpc.Server
 	link    *link // the listener
-	owner   sync.WaitGroup
-	boxes   sync.WaitGroup // goroutines of sandboxes
-	log     *slog.Logger
-	calls   calls
-	faults  faults
-	clock   clock
-	stop    context.CancelCauseFunc
+	groups  group // of all sandboxes
+	// web is where connect tokens lead.
+	web       net.Listener
+	webServer *http.Server
+	owner     sync.WaitGroup
+	boxes     sync.WaitGroup // goroutines of sandboxes
+	log       *slog.Logger
+	calls     calls
+	faults    faults
+	clock     clock
+	stop      context.CancelCauseFunc
 
 	mu        sync.Mutex
 	closed    bool
@@ -85,6 +93,8 @@ type Fake struct {
 	secrets   map[string]*secret
 	images    map[string]*image
 	built     map[string]string // image id by what it is made of
+	tags      map[string]string // image id by the name it is published under
+	tokens    map[string]connectToken
 	builds    builds
 	volumes   map[string]*volume
 	trouble   trouble
@@ -110,11 +120,14 @@ func Start(cfg Config) (*Fake, error) {
 	if err != nil {
 		return nil, err
 	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return nil, err
+	}
 	f := &Fake{
 		cfg: cfg, dir: dir, program: program, boot: strings.ToLower(rand.Text()[:8]), key: []byte(rand.Text()), log: cfg.Logger,
 		apps: make(map[string]string), sandboxes: make(map[string]*sandbox), tasks: make(map[string]*sandbox),
 		created: make(map[string]*creation), secrets: make(map[string]*secret), images: make(map[string]*image),
-		built: make(map[string]string), volumes: make(map[string]*volume),
+		built: make(map[string]string), tags: make(map[string]string), tokens: make(map[string]connectToken), volumes: make(map[string]*volume),
 	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
@@ -162,6 +175,10 @@ func (f *Fake) serve() error {
 	if err := f.makeBaseLayer(); err != nil {
 		return err
 	}
+	var err error
+	if f.groups, err = newGroups(filepath.Base(f.dir)); err != nil {
+		return err
+	}
 	f.host = hostimage.New(hostimage.Config{Dir: filepath.Join(f.dir, "host"), Host: "/", Boot: f.boot})
 	listener, err := net.Listen("tcp", f.cfg.Addr)
 	if err != nil {
@@ -177,6 +194,10 @@ func (f *Fake) serve() error {
 	)
 	pb.RegisterModalClientServer(f.server, &controlPlane{fake: f})
 	pb.RegisterTaskCommandRouterServer(f.server, &router{fake: f})
+	if err := f.serveWeb(); err != nil {
+		listener.Close()
+		return err
+	}
 	ctx, stop := context.WithCancelCause(context.Background())
 	f.stop = stop
 	f.owner.Go(func() {
@@ -222,12 +243,13 @@ func (f *Fake) Close() error {
 	f.stop(errClosed)
 	f.link.resetAll() // no call is waited for
 	f.server.Stop()
+	_ = f.webServer.Close() // its listener is of nobody's concern
 	for _, s := range all {
 		f.destroy(s)
 	}
 	f.owner.Wait()
 	f.boxes.Wait()
-	if err := os.RemoveAll(f.dir); err != nil {
+	if err := errors.Join(f.groups.remove(), os.RemoveAll(f.dir)); err != nil {
 		return fmt.Errorf("remove what the fake of Modal kept: %w", err)
 	}
 	return nil

@@ -278,18 +278,8 @@ func (p *process) discard() {
 	p.stderr.file.Close()
 }
 
-// gone makes readers of its output hear why they get no more.
-func (p *process) gone(err error) {
+// lose makes readers of its output hear why they get no more.
+func (p *process) lose(err error) {
 	p.stdout.finish(err)
 	p.stderr.finish(err)
-}
-
-// outcome waits for the end of the process.
-func (p *process) outcome(ctx context.Context) error {
-	select {
-	case <-p.ended:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }

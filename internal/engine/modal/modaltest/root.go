@@ -25,6 +25,8 @@ type setup struct {
 	Program string
 	// Hostname is the sandbox's id.
 	Hostname string
+	// Shared says that it has the host's network.
+	Shared bool
 }
 
 // tree is a directory of the sandbox that is made of layers.
@@ -55,7 +57,7 @@ func (s *setup) enter() error {
 		{"change the root", s.pivot},
 		{"hide what is the host's", hide},
 		{"set the host name", func() error { return unix.Sethostname([]byte(s.Hostname)) }},
-		{"bring up loopback", loopback},
+		{"bring up loopback", s.loopback},
 		{"drop capabilities", dropCapabilities},
 	}
 	for _, step := range steps {
@@ -145,6 +147,11 @@ func bindFile(from, to string) error {
 }
 
 func (s *setup) mountBinds() error {
+	if s.Shared { // names are found as on the host
+		if err := unix.Mount("/etc/resolv.conf", filepath.Join(s.Root, "etc/resolv.conf"), "", unix.MS_BIND, ""); err != nil {
+			return err
+		}
+	}
 	for _, b := range s.Binds {
 		to := filepath.Join(s.Root, b.To)
 		if err := os.MkdirAll(to, 0o755); err != nil {
@@ -193,7 +200,10 @@ func hide() error {
 }
 
 // loopback brings up the one interface that an empty network namespace has.
-func loopback() error {
+func (s *setup) loopback() error {
+	if s.Shared {
+		return nil
+	}
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return err

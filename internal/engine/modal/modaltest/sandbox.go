@@ -27,6 +27,7 @@ const (
 // sandbox is one sandbox, running or ended. Fields below "guarded" are under Fake.mu.
 type sandbox struct {
 	id, task, app, name string
+	first               bool // it is of the first backend
 	definition          *pb.Sandbox
 	env                 []string
 	workdir             string
@@ -50,8 +51,10 @@ type sandbox struct {
 	forgotten  bool      // the control plane says it never was
 	workerDead bool
 	access     *pb.NetworkAccess
+	outbound   *pb.ExperimentalOutboundPolicy
 	exit       exitSnapshot
 	snapshots  map[string]string // image id by snapshot id
+	tunnels    []*tunnel
 }
 
 // creation is a request to create a sandbox that may be repeated.
@@ -62,9 +65,9 @@ type creation struct {
 }
 
 // create answers a request to create a sandbox, once per key.
-func (f *Fake) create(ctx context.Context, key string, request *pb.SandboxCreateV2Request) (*pb.SandboxCreateV2Response, error) {
+func (f *Fake) create(ctx context.Context, key, id string, request *pb.SandboxCreateV2Request) (*pb.SandboxCreateV2Response, error) {
 	if key == "" || f.cfg.ForgetRequests {
-		return f.makeSandbox(ctx, request)
+		return f.makeSandbox(ctx, id, request)
 	}
 	f.mu.Lock()
 	c := f.created[key]
@@ -80,7 +83,7 @@ func (f *Fake) create(ctx context.Context, key string, request *pb.SandboxCreate
 	c = &creation{done: make(chan struct{})}
 	f.created[key] = c
 	f.mu.Unlock()
-	c.answer, c.err = f.makeSandbox(context.WithoutCancel(ctx), request)
+	c.answer, c.err = f.makeSandbox(context.WithoutCancel(ctx), id, request)
 	if c.err != nil { // what failed is tried again
 		f.mu.Lock()
 		delete(f.created, key)
@@ -90,9 +93,9 @@ func (f *Fake) create(ctx context.Context, key string, request *pb.SandboxCreate
 	return c.answer, c.err
 }
 
-func (f *Fake) makeSandbox(ctx context.Context, request *pb.SandboxCreateV2Request) (*pb.SandboxCreateV2Response, error) {
+func (f *Fake) makeSandbox(ctx context.Context, id string, request *pb.SandboxCreateV2Request) (*pb.SandboxCreateV2Response, error) {
 	d := request.GetDefinition()
-	s, err := f.admit(request)
+	s, err := f.admit(id, request)
 	if err != nil {
 		return nil, err
 	}
@@ -122,7 +125,7 @@ func (f *Fake) makeSandbox(ctx context.Context, request *pb.SandboxCreateV2Reque
 	}
 	f.enter(s, d.GetEntrypointArgs())
 	return pb.SandboxCreateV2Response_builder{
-		SandboxId: s.id, TaskId: s.task,
+		SandboxId: s.id, TaskId: s.task, Tunnels: f.tunnelData(s, false),
 		Metadata:            pb.SandboxHandleMetadata_builder{AppId: s.app}.Build(),
 		CommandRouterAccess: pb.CommandRouterAccess_builder{Jwt: f.token(s.task, f.cfg.RouterTokenLife), Url: f.routerURL()}.Build(),
 	}.Build(), nil
@@ -133,7 +136,7 @@ func (f *Fake) makeSandbox(ctx context.Context, request *pb.SandboxCreateV2Reque
 func (f *Fake) routerURL() string { return "https://" + f.Addr() }
 
 // admit checks a request and takes a place and a name for the sandbox.
-func (f *Fake) admit(request *pb.SandboxCreateV2Request) (*sandbox, error) {
+func (f *Fake) admit(id string, request *pb.SandboxCreateV2Request) (*sandbox, error) {
 	d := request.GetDefinition()
 	life := time.Duration(d.GetTimeoutSecs()) * time.Second
 	if life == 0 {
@@ -157,10 +160,10 @@ func (f *Fake) admit(request *pb.SandboxCreateV2Request) (*sandbox, error) {
 	}
 	now := f.clock.now()
 	s := &sandbox{
-		id: newID("sb"), task: newID("ta"), app: request.GetAppId(), name: d.GetName(), definition: d, image: img, workdir: d.GetWorkdir(),
+		id: id, first: len(id) == len(firstID()), task: newID("ta"), app: request.GetAppId(), name: d.GetName(), definition: d, image: img, workdir: d.GetWorkdir(),
 		created: now, deadline: now.Add(life), idle: time.Duration(d.GetIdleTimeoutSecs()) * time.Second, lastBusy: now,
 		over: make(chan struct{}), tags: tagMap(request.GetTags()), processes: make(map[string]*process),
-		access: d.GetNetworkAccess(), snapshots: make(map[string]string),
+		access: d.GetNetworkAccess(), outbound: d.GetExperimentalOutboundPolicy(), snapshots: make(map[string]string),
 	}
 	if s.workdir == "" {
 		s.workdir = img.workdir
@@ -220,7 +223,7 @@ func (f *Fake) open(ctx context.Context, s *sandbox) error {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	set := &setup{Base: f.dir, Root: "root", Program: f.program, Hostname: s.task}
+	set := &setup{Base: f.dir, Root: "root", Program: f.program, Hostname: s.task, Shared: f.sharesNetwork(s.definition)}
 	for _, path := range append([]string{"/"}, host.Trees...) {
 		t := tree{Path: path, Upper: filepath.Join("boxes", s.id, "upper", treeName(path)), Work: filepath.Join("boxes", s.id, "work", treeName(path))}
 		for _, made := range []string{t.Upper, t.Work} {
@@ -248,7 +251,7 @@ func (f *Fake) open(ctx context.Context, s *sandbox) error {
 		}
 		set.Binds = append(set.Binds, b)
 	}
-	b, err := startBox(ctx, set, dir, &f.boxes)
+	b, err := startBox(ctx, set, boxConfig{dir: dir, groups: f.groups, memory: s.definition.GetResources().GetMemoryMbMax(), owner: &f.boxes, shared: f.sharesNetwork(s.definition)})
 	if err != nil {
 		return err
 	}
@@ -264,7 +267,12 @@ func (f *Fake) open(ctx context.Context, s *sandbox) error {
 			f.finish(s, ended{result: internalFailure("the sandbox's processes are gone")})
 		}
 	})
-	return nil
+	return f.openTunnels(s)
+}
+
+// sharesNetwork says whether a sandbox sees the host's network.
+func (f *Fake) sharesNetwork(d *pb.Sandbox) bool {
+	return f.cfg.HostNetwork && d.GetNetworkAccess().GetNetworkAccessType() == pb.NetworkAccess_OPEN
 }
 
 // enter starts what the sandbox was made for, and ends the sandbox with it. Without

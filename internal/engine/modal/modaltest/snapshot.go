@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	pb "github.com/modal-labs/modal-client/go/proto/modal_proto"
@@ -39,7 +40,7 @@ func (f *Fake) snapshot(ctx context.Context, s *sandbox, ttl time.Duration) (*im
 	img := &image{id: newID("im"), env: s.image.env, workdir: s.workdir, commands: s.image.commands}
 	layer := filepath.Join("layers", img.id)
 	upper := filepath.Join(f.boxDir(s), "upper")
-	if err := copyTree(ctx, upper, filepath.Join(f.dir, layer)); err != nil {
+	if err := s.box.frozen(func() error { return copyTree(ctx, upper, filepath.Join(f.dir, layer)) }); err != nil {
 		return nil, err
 	}
 	img.layers = append([]string{layer}, s.image.layers...)
@@ -78,16 +79,6 @@ func (f *Fake) once(s *sandbox, request string, do func() (*image, error)) (stri
 	return img.id, nil
 }
 
-func ttlOf(has bool, seconds int64) time.Duration {
-	switch {
-	case !has:
-		return -1
-	case seconds <= 0:
-		return -1
-	}
-	return time.Duration(seconds) * time.Second
-}
-
 // TaskSnapshotFilesystem makes an image of a sandbox's root.
 func (r *router) TaskSnapshotFilesystem(ctx context.Context, q *pb.TaskSnapshotFilesystemRequest) (*pb.TaskSnapshotFilesystemResponse, error) {
 	s, err := r.task(ctx, q.GetTaskId())
@@ -96,7 +87,7 @@ func (r *router) TaskSnapshotFilesystem(ctx context.Context, q *pb.TaskSnapshotF
 	}
 	defer r.fake.occupy(s)()
 	id, err := r.fake.once(s, q.GetSnapshotId(), func() (*image, error) {
-		return r.fake.snapshot(ctx, s, ttlOf(q.HasTtlSeconds(), q.GetTtlSeconds()))
+		return r.fake.snapshot(ctx, s, time.Duration(q.GetTtlSeconds())*time.Second)
 	})
 	if err != nil {
 		return nil, err
@@ -104,9 +95,14 @@ func (r *router) TaskSnapshotFilesystem(ctx context.Context, q *pb.TaskSnapshotF
 	return pb.TaskSnapshotFilesystemResponse_builder{ImageId: id}.Build(), nil
 }
 
+func (s *sandbox) wantsExitSnapshot() bool {
+	const option = "enable_exit_snapshot"
+	return s.definition.GetExperimentalOptions()[option] || strings.EqualFold(s.definition.GetExperimentalOptionsV2()[option], "true")
+}
+
 // takeExitSnapshot makes the snapshot of a sandbox that ends, if it wants one.
 func (f *Fake) takeExitSnapshot(s *sandbox) {
-	if !s.definition.GetExperimentalOptions()["enable_exit_snapshot"] && s.definition.GetExperimentalOptionsV2()["enable_exit_snapshot"] != "true" {
+	if !s.wantsExitSnapshot() || s.box == nil {
 		return
 	}
 	var e exitSnapshot

@@ -77,14 +77,24 @@ func (m *mounted) prepare(at string) (bind, error) {
 // refresh makes the copy what the volume is. The volume is locked. The directory itself
 // stays, as it is mounted.
 func (m *mounted) refresh(ctx context.Context) error {
-	old, err := os.ReadDir(m.dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range old {
-		if err := os.RemoveAll(filepath.Join(m.dir, e.Name())); err != nil {
+	err := filepath.WalkDir(m.dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == m.dir {
 			return err
 		}
+		if d.IsDir() { // stays if the volume has it: it may be mounted too
+			rel, _ := filepath.Rel(m.dir, path) // below m.dir
+			if info, err := os.Lstat(filepath.Join(m.volume.dir, rel)); err == nil && info.IsDir() {
+				return nil
+			}
+			if err := os.RemoveAll(path); err != nil {
+				return err
+			}
+			return fs.SkipDir
+		}
+		return os.Remove(path)
+	})
+	if err != nil {
+		return err
 	}
 	if err := copyTree(ctx, m.volume.dir+"/.", m.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		if _, gone := os.Stat(m.volume.dir); gone == nil {
