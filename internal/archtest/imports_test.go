@@ -47,6 +47,16 @@ func rules() []rule {
 			why:   "the domain does not know how it is called, what its sandboxes are made of, or where it is kept",
 		},
 		{
+			of:   []string{"./internal/turn/..."},
+			ours: []string{"./internal/admission", "./internal/agent", "./internal/caller", "./internal/fault", "./internal/idempotency", "./internal/journal", "./internal/eventlog"},
+			why:  "turns know agents by their interface, and neither sessions nor sandboxes nor how they are called",
+		},
+		{
+			of:   []string{"./internal/agent"},
+			ours: []string{}, modules: []string{},
+			why: "what an agent is is made of plain types",
+		},
+		{
 			of:    []string{"./internal/api/..."},
 			never: []string{"./internal/engine/local/...", "./internal/store/...", "./internal/daemon/...", "./internal/config/..."},
 			why:   "the api translates between protos and the domain; it neither makes sandboxes nor keeps records",

@@ -179,6 +179,7 @@ func (s *Store) prepare(ctx context.Context) error {
 		{s.writer, &s.turns.resolveInteraction, resolveInteraction},
 		{s.writer, &s.turns.interactionState, `SELECT state FROM interactions WHERE id = ?`},
 		{s.reader, &s.turns.get, getTurn},
+		{s.reader, &s.turns.session, `SELECT session FROM turns WHERE id = ?`},
 		{s.reader, &s.turns.list, listTurns},
 		{s.reader, &s.turns.unfinished, unfinishedTurns},
 		{s.reader, &s.turns.totals, turnTotals},
