@@ -15,7 +15,7 @@ import (
 
 func (a *app) sessionCommand() *cobra.Command {
 	return group("session", "Create, list and end sessions: sandboxes that stay, with repositories and an agent", []string{"sessions"},
-		a.sessionCreate(), a.sessionList(), a.sessionGet(), a.sessionExtend(), a.sessionPause(), a.sessionResume(), a.sessionFork(),
+		a.sessionCreate(), a.sessionList(), a.sessionGet(), a.sessionWatch(), a.sessionExtend(), a.sessionPause(), a.sessionResume(), a.sessionFork(),
 		a.sessionDiff(), a.sessionTerminate())
 }
 
