@@ -98,7 +98,7 @@ func (c *Conversation) Prompt(ctx context.Context, p agent.Prompt, tell func(age
 		return agent.Outcome{}, err
 	}
 	defer c.finish(t)
-	switch _, err := c.api.message(ctx, c.id, t.message); {
+	switch err := c.api.has(ctx, c.id, t.message); {
 	case err == nil:
 		return t.follow(ctx, nil)
 	case !isStatus(err, http.StatusNotFound):
@@ -126,9 +126,8 @@ func (c *Conversation) reachable(ctx context.Context, err error) error {
 	ctx, stop := context.WithTimeoutCause(ctx, startTime, err)
 	defer stop()
 	for {
-		_, _, lost, _ := c.server.now()
-		if lost != nil {
-			return lost
+		if now := c.server.now(); now.lost != nil {
+			return now.lost
 		}
 		if _, err := c.server.Health(ctx); err == nil {
 			return nil
@@ -151,7 +150,7 @@ func (c *Conversation) Join(ctx context.Context, promptID string, before iter.Se
 	if err := c.reachable(ctx, errors.New("the agent does not answer")); err != nil {
 		return agent.Outcome{}, err
 	}
-	if _, err := c.api.message(ctx, c.id, t.message); err != nil {
+	if err := c.api.has(ctx, c.id, t.message); err != nil {
 		if isStatus(err, http.StatusNotFound) {
 			return agent.Outcome{}, agent.ErrNoPrompt
 		}
@@ -235,7 +234,7 @@ func (c *Conversation) Abort(ctx context.Context) error {
 		if err == nil {
 			busy, err = c.api.busy(ctx)
 		}
-		if _, _, lost, _ := c.server.now(); lost != nil {
+		if c.server.now().lost != nil {
 			return nil
 		}
 		if ctx.Err() != nil {

@@ -211,12 +211,20 @@ func (s *Server) tell(change func(*Status)) {
 	s.cfg.Tell(status)
 }
 
-// now tells which start this is, how the one before ended, and whether there is none any
-// more.
-func (s *Server) now() (generation int, died string, lost error, changed <-chan struct{}) {
+// life is which start of OpenCode this is.
+type life struct {
+	generation int
+	// died is how the one before ended; lost is why there will be none any more.
+	died string
+	lost error
+	// changed is closed when that changes.
+	changed <-chan struct{}
+}
+
+func (s *Server) now() life {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.generation, s.died, s.lost, s.changed
+	return life{s.generation, s.died, s.lost, s.changed}
 }
 
 // isUp waits until it answers; false if that will not be.

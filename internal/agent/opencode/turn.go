@@ -63,9 +63,9 @@ func (t *turn) follow(ctx context.Context, body map[string]any) (agent.Outcome, 
 	if err := hub.wait(ctx); err != nil {
 		return agent.Outcome{}, err
 	}
-	generation, _, lost, _ := c.server.now()
-	if lost != nil {
-		return agent.Outcome{}, lost
+	begun := c.server.now()
+	if begun.lost != nil {
+		return agent.Outcome{}, begun.lost
 	}
 	t.events = hub.subscribe(c.id)
 	defer t.events.close()
@@ -76,7 +76,7 @@ func (t *turn) follow(ctx context.Context, body map[string]any) (agent.Outcome, 
 	ended := make(chan end, 1)
 	following, stop := context.WithCancelCause(ctx)
 	var waiter sync.WaitGroup
-	waiter.Go(func() { ended <- t.await(following, generation, body) })
+	waiter.Go(func() { ended <- t.await(following, begun.generation, body) })
 	defer waiter.Wait()
 	defer stop(errors.New("not followed any more"))
 
@@ -196,12 +196,12 @@ func answered(list []stored, prompt string) bool {
 // poll returns when the conversation is idle.
 func (t *turn) poll(ctx context.Context, generation int) end {
 	for first := true; ; first = false {
-		now, died, lost, changed := t.c.server.now()
-		if lost != nil {
-			return end{err: lost}
+		now := t.c.server.now()
+		if now.lost != nil {
+			return end{err: now.lost}
 		}
-		if now != generation {
-			return end{restarted: true, how: died}
+		if now.generation != generation {
+			return end{restarted: true, how: now.died}
 		}
 		if busy, err := t.c.api.busy(ctx); err == nil {
 			if _, is := busy[t.c.id]; !is {
@@ -214,7 +214,7 @@ func (t *turn) poll(ctx context.Context, generation int) end {
 		}
 		select {
 		case <-time.After(wait):
-		case <-changed:
+		case <-now.changed:
 		case <-ctx.Done():
 			return end{err: context.Cause(ctx)}
 		}
