@@ -67,6 +67,7 @@ func (s *Server) NewConversation(ctx context.Context, cfg ConversationConfig) (*
 		return nil, fmt.Errorf("begin a conversation: %w", err)
 	}
 	c.id = made.ID
+	s.wantTools(c.cfg.Directory)
 	return c, nil
 }
 
@@ -77,6 +78,7 @@ func (s *Server) Resume(ctx context.Context, id string, cfg ConversationConfig) 
 		return nil, fmt.Errorf("go on with conversation %s: %w", id, err)
 	}
 	c.id = id
+	s.wantTools(c.cfg.Directory)
 	return c, nil
 }
 

@@ -15,6 +15,9 @@ import (
 const (
 	// drainTime is how long a turn that is over is waited for to say so in its events.
 	drainTime = 300 * time.Millisecond
+	// refusedTime is how long the reason why a prompt was refused is waited for: it comes as
+	// an event, and not with the answer.
+	refusedTime = 5 * time.Second
 	// holdTime is how long a request waits for the tool call that it is about.
 	holdTime = 200 * time.Millisecond
 	// pollTime is between two looks at a turn whose own answer cannot be had.
@@ -318,8 +321,18 @@ func (t *turn) conclude(ctx context.Context, e end) (agent.Outcome, error) {
 	}
 	x := t.translation
 	root := x.thread(x.root)
-	deadline := time.After(drainTime)
-	for waiting := true; waiting && !e.restarted && !(e.final != "" && root.done[e.final] && root.idle > 0); {
+	limit := drainTime
+	if e.refused != nil {
+		limit = refusedTime
+	}
+	deadline := time.After(limit)
+	told := func() bool {
+		if e.refused != nil {
+			return len(x.errors) > 0
+		}
+		return e.restarted || e.final != "" && root.done[e.final] && root.idle > 0
+	}
+	for waiting := true; waiting && !told(); {
 		select {
 		case <-t.events.ready:
 			t.drain(ctx)
