@@ -100,7 +100,7 @@ type Server struct {
 	died       string
 	lost       error
 	status     Status
-	directory  string // of the newest conversation
+	directory  string        // of the newest conversation
 	changed    chan struct{} // closed when one of these changes
 }
 
