@@ -93,8 +93,13 @@ func TestStartTime(t *testing.T) {
 		if err := st.server.Stop(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		if err := os.Mkdir(st.root+"/other", 0o700); err != nil {
+			t.Fatal(err)
+		}
 		began = time.Now()
-		r, err := st.place.Start(t.Context(), Process{ID: "bare", Dir: st.dir, Env: st.place.last.Env, Args: st.place.last.Args[7:]})
+		// A home of its own, as ours had: the first start makes the database.
+		env := append(slices.Clone(st.place.last.Env), "HOME="+st.root+"/other")
+		r, err := st.place.Start(t.Context(), Process{ID: "bare", Dir: st.dir, Env: env, Args: st.place.last.Args[7:]})
 		if err != nil {
 			t.Fatal(err)
 		}
