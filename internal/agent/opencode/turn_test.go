@@ -300,7 +300,7 @@ func TestCompaction(t *testing.T) {
 // A repository's own configuration would have a program started. Nor is anything fetched.
 func TestHostileRepository(t *testing.T) {
 	st := sharedStage(t)
-	dir := filepath.Join(st.root, "a hostile %2F repo")
+	dir := filepath.Join(st.root, "a hostile repo")
 	if err := os.MkdirAll(filepath.Join(dir, ".opencode"), 0o700); err != nil {
 		t.Fatal(err)
 	}
