@@ -24,6 +24,11 @@ func TestMain(m *testing.M) {
 func start(t *testing.T, cfg modaltest.Config) *modaltest.Fake {
 	t.Helper()
 	t.Parallel() // they sleep more than they work
+	return startFor(t, cfg)
+}
+
+func startFor(t testing.TB, cfg modaltest.Config) *modaltest.Fake {
+	t.Helper()
 	cfg.Dir = t.TempDir()
 	f, err := modaltest.Start(cfg)
 	if err != nil {
@@ -44,7 +49,7 @@ func start(t *testing.T, cfg modaltest.Config) *modaltest.Fake {
 var environment sync.Mutex
 
 // client is the SDK, as a program has it, with further variables.
-func client(t *testing.T, f *modaltest.Fake, variables ...string) *modal.Client {
+func client(t testing.TB, f *modaltest.Fake, variables ...string) *modal.Client {
 	t.Helper()
 	environment.Lock()
 	for k, v := range f.Environment() {
@@ -71,7 +76,7 @@ type workspace struct {
 	image *modal.Image
 }
 
-func prepare(t *testing.T, f *modaltest.Fake, variables ...string) workspace {
+func prepare(t testing.TB, f *modaltest.Fake, variables ...string) workspace {
 	t.Helper()
 	c := client(t, f, variables...)
 	app, err := c.Apps.FromName(t.Context(), "app", &modal.AppFromNameParams{CreateIfMissing: true})
@@ -86,7 +91,7 @@ func prepare(t *testing.T, f *modaltest.Fake, variables ...string) workspace {
 }
 
 // create makes a sandbox whose handle is given up before the client.
-func (w workspace) create(t *testing.T, p *modal.SandboxCreateParams) *modal.Sandbox {
+func (w workspace) create(t testing.TB, p *modal.SandboxCreateParams) *modal.Sandbox {
 	t.Helper()
 	sb, err := w.Sandboxes.Create(t.Context(), w.app, w.image, p)
 	if err != nil {
