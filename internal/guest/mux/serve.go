@@ -1,0 +1,138 @@
+package mux
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/yamux"
+)
+
+// HalfConn is a connection whose directions end one by one, such as that to a unix socket.
+type HalfConn interface {
+	net.Conn
+	CloseRead() error
+	CloseWrite() error
+}
+
+// server is the guest's end.
+type server struct {
+	connect func() (HalfConn, error)
+	control io.ReadWriter
+
+	mu   sync.Mutex
+	open map[uint32]bridged
+}
+
+// bridged is a stream and the connection that it is connected with.
+type bridged struct {
+	stream *yamux.Stream
+	conn   HalfConn
+}
+
+// Serve is the guest's end: it greets, and connects every stream with what connect
+// returns, until the session ends or nobody is at the other end any more.
+func Serve(pipe io.ReadWriteCloser, connect func() (HalfConn, error)) error {
+	if _, err := io.WriteString(pipe, Greeting); err != nil {
+		return fmt.Errorf("greet: %w", err)
+	}
+	c := config()
+	c.EnableKeepAlive = true
+	session, err := yamux.Server(pipe, c)
+	if err != nil {
+		return err
+	}
+	control, err := session.AcceptStream()
+	if err != nil {
+		return ended(err)
+	}
+	s := &server{connect: connect, control: control, open: make(map[uint32]bridged)}
+	var work sync.WaitGroup
+	work.Go(func() { readGone(control, s.gone) })
+	for {
+		stream, err := session.AcceptStream()
+		if err != nil {
+			s.closeAll()
+			work.Wait()
+			return ended(err)
+		}
+		work.Go(func() { s.bridge(stream) })
+	}
+}
+
+// ended says why a session did; nil if the other end closed it.
+func ended(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, yamux.ErrSessionShutdown) {
+		return nil
+	}
+	return err
+}
+
+// gone stops what is sent on a stream that nobody reads.
+func (s *server) gone(id uint32) {
+	s.mu.Lock()
+	b, ok := s.open[id]
+	s.mu.Unlock()
+	if ok {
+		_ = b.conn.CloseRead()                         // it may have ended by itself
+		_ = b.stream.SetWriteDeadline(time.Unix(1, 0)) // always nil
+	}
+}
+
+func (s *server) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, b := range s.open {
+		b.conn.Close()
+	}
+}
+
+// bridge moves bytes both ways until both directions have ended.
+func (s *server) bridge(stream *yamux.Stream) {
+	id := stream.StreamID()
+	conn, err := s.connect()
+	if err != nil {
+		_ = sendGone(s.control, id)
+		_ = stream.Close() // the session may have ended
+		discard(stream)
+		return
+	}
+	defer conn.Close()
+	s.mu.Lock()
+	s.open[id] = bridged{stream, conn}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.open, id)
+		s.mu.Unlock()
+	}()
+	var outward sync.WaitGroup
+	outward.Go(func() {
+		_, err := io.Copy(stream, conn)
+		_ = stream.Close() // an end is an end, whatever caused it
+		if err != nil {
+			// Whoever waits for room to write learns so that nobody reads.
+			_ = conn.CloseRead()
+			discard(conn)
+		}
+	})
+	if _, err := io.Copy(onlyWriter{conn}, stream); err != nil {
+		// Whichever side it was, nothing that comes is for anybody.
+		_ = sendGone(s.control, id)
+		_ = conn.CloseRead()
+		discard(stream)
+	} else {
+		_ = conn.CloseWrite() // the other side may be gone
+	}
+	outward.Wait()
+}
+
+// onlyWriter hides what io.Copy would use instead of Write, so that an error is known to
+// be of one of the two sides.
+type onlyWriter struct{ io.Writer }
+
+// discard reads a stream to its end, so that what is on its way does not stay in memory.
+func discard(stream io.Reader) { _, _ = io.Copy(io.Discard, stream) }
