@@ -31,6 +31,8 @@ type guard struct {
 	header [headerSize]byte
 	have   int // bytes of a header that are there
 	body   int // bytes of a frame's data that are to come
+	// Of the writer, which is another.
+	joined joiner
 
 	mu     sync.Mutex
 	moved  int64
@@ -42,7 +44,7 @@ type guard struct {
 
 func newGuard(pipe io.ReadWriteCloser) *guard {
 	now := time.Now()
-	return &guard{pipe: pipe, last: now, pings: pingsAtOnce, refill: now}
+	return &guard{pipe: pipe, joined: joiner{w: pipe}, last: now, pings: pingsAtOnce, refill: now}
 }
 
 func (g *guard) Read(p []byte) (int, error) {
@@ -112,7 +114,7 @@ func (g *guard) frame() error {
 }
 
 func (g *guard) Write(p []byte) (int, error) {
-	n, err := g.pipe.Write(p)
+	n, err := g.joined.Write(p)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.moved += int64(n)
@@ -142,4 +144,28 @@ func (g *guard) failure() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	return g.err
+}
+
+// joiner writes a frame's header together with its data, which yamux writes right after
+// it: a write may be a call to a provider far away.
+type joiner struct {
+	w    io.Writer
+	held []byte
+}
+
+func (j *joiner) Write(p []byte) (int, error) {
+	if len(p) == headerSize && len(j.held) == 0 && p[1] == typeData && binary.BigEndian.Uint32(p[8:]) > 0 {
+		j.held = append(j.held, p...)
+		return len(p), nil
+	}
+	if len(j.held) == 0 {
+		return j.w.Write(p)
+	}
+	j.held = append(j.held, p...)
+	_, err := j.w.Write(j.held)
+	j.held = j.held[:0]
+	if err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }

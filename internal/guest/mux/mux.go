@@ -23,7 +23,7 @@ const (
 	window = 2 << 20
 	// KeepAlive is how often the guest's end asks for a sign of life. It ends when there is
 	// none, and with it what it holds in the sandbox.
-	KeepAlive = time.Minute
+	KeepAlive = 30 * time.Second
 	// writeTimeout bounds one write of a session: executord's side is a call that is
 	// repeated for about ten seconds where the provider has trouble.
 	writeTimeout = time.Minute
@@ -41,6 +41,7 @@ func config() *yamux.Config {
 	c.MaxStreamWindowSize = window
 	// A direction may stay open for as long as it likes after the other was closed.
 	c.StreamCloseTimeout = 0
+	c.StreamOpenTimeout = 0 // silence is noticed otherwise
 	c.LogOutput = io.Discard // whoever uses the session gets the error
 	return c
 }

@@ -41,7 +41,7 @@ func Serve(pipe io.ReadWriteCloser, connect func() (HalfConn, error)) error {
 	}
 	c := config()
 	c.EnableKeepAlive = true
-	session, err := yamux.Server(pipe, c)
+	session, err := yamux.Server(joinedPipe{&joiner{w: pipe}, pipe}, c)
 	if err != nil {
 		return err
 	}
@@ -63,9 +63,18 @@ func Serve(pipe io.ReadWriteCloser, connect func() (HalfConn, error)) error {
 	}
 }
 
+// joinedPipe is a pipe with a joiner before it.
+type joinedPipe struct {
+	*joiner
+	pipe io.ReadWriteCloser
+}
+
+func (p joinedPipe) Read(b []byte) (int, error) { return p.pipe.Read(b) }
+func (p joinedPipe) Close() error               { return p.pipe.Close() }
+
 // ended says why a session did; nil if the other end closed it.
 func ended(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, yamux.ErrSessionShutdown) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrClosedPipe) || errors.Is(err, yamux.ErrSessionShutdown) {
 		return nil
 	}
 	return err

@@ -16,7 +16,7 @@ import (
 
 // silence is how long nothing may come from the guest's end, which asks for a sign of
 // life all the while, before it is given up.
-const silence = 3 * KeepAlive
+const silence = 5 * KeepAlive / 2
 
 // ErrSilent ends a session whose guest's end says nothing any more.
 var ErrSilent = fmt.Errorf("nothing came from the sandbox for %v", silence)
