@@ -52,44 +52,67 @@ func foreignBox(t *testing.T, file string, env ...string) (enter func(args ...st
 	}, box
 }
 
-// dialer is a guestclient.Dialer over the standard input and output of `dial`.
-type dialer struct{ session *mux.Session }
+// dialer is a guestclient.Dialer over the standard input and output of `dial`, which is
+// started again when it was ended: it is a process of the box like others.
+type dialer struct {
+	t     *testing.T
+	start func() *exec.Cmd
 
-func (d dialer) Dial(ctx context.Context) (net.Conn, error) { return d.session.Dial(ctx) }
+	session *mux.Session
+	cmd     *exec.Cmd
+}
+
+func (d *dialer) Dial(ctx context.Context) (net.Conn, error) {
+	if d.session != nil {
+		if conn, err := d.session.Dial(ctx); err == nil {
+			return conn, nil
+		}
+		d.close()
+	}
+	cmd := d.start()
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	greeting := make([]byte, len(mux.Greeting))
+	if _, err := io.ReadFull(out, greeting); err != nil || string(greeting) != mux.Greeting {
+		d.t.Errorf("greeted with %q, %v", greeting, err)
+	}
+	if d.session, err = mux.Open(stdio{out, in}); err != nil {
+		return nil, err
+	}
+	d.cmd = cmd
+	return d.session.Dial(ctx)
+}
+
+func (d *dialer) close() {
+	d.session.Close()
+	_ = d.cmd.Wait() // it may have been killed
+	d.session = nil
+}
 
 type stdio struct {
 	io.Reader
 	io.WriteCloser
 }
 
-func dialBox(t *testing.T, cmd *exec.Cmd) *guestclient.Client {
+func dialBox(t *testing.T, start func() *exec.Cmd) *guestclient.Client {
 	t.Helper()
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	greeting := make([]byte, len(mux.Greeting))
-	if _, err := io.ReadFull(out, greeting); err != nil || string(greeting) != mux.Greeting {
-		t.Fatalf("greeted with %q, %v", greeting, err)
-	}
-	session, err := mux.Open(stdio{out, in})
-	if err != nil {
-		t.Fatal(err)
-	}
-	client := guestclient.New(dialer{session})
+	d := &dialer{t: t, start: start}
+	client := guestclient.New(d)
 	t.Cleanup(func() {
 		client.Close()
-		session.Close()
-		if err := cmd.Wait(); err != nil {
-			t.Errorf("dial ended with %v", err)
+		d.close()
+		if state := d.cmd.ProcessState; !state.Success() {
+			t.Errorf("dial ended with %v", state)
 		}
 	})
 	return client
@@ -98,7 +121,7 @@ func dialBox(t *testing.T, cmd *exec.Cmd) *guestclient.Client {
 func TestDaemonInAForeignBox(t *testing.T) {
 	file := build(t)
 	enter, box := foreignBox(t, file, "A_SECRET=s3cret", "MODAL_TASK_ID=ta-1", "PATH="+os.Getenv("PATH"))
-	guest := dialBox(t, enter(file, "dial"))
+	guest := dialBox(t, func() *exec.Cmd { return enter(file, "dial") })
 	run := func(args ...string) guestclient.Outcome {
 		t.Helper()
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Minute, errors.New("too slow"))
@@ -122,13 +145,13 @@ func TestDaemonInAForeignBox(t *testing.T) {
 	for _, signal := range []string{"HUP", "INT", "TERM", "QUIT", "USR1", "PIPE", "SEGV", "KILL"} {
 		run("sh", "-c", "kill -"+signal+" 1")
 	}
-	// Nor does everything at once, which ends the programs.
-	run("sh", "-c", "kill -KILL -1")
+	// Nor does everything at once, which ends the programs, and the way in too.
+	run("bash", "-c", "kill -KILL -1; exit 0")
 	if out := run("echo", "here"); string(out.Stdout) != "here\n" {
 		t.Errorf("after all signals: %q", out.Stdout)
 	}
 	// A second way in, at the same time.
-	second := dialBox(t, enter(file, "dial"))
+	second := dialBox(t, func() *exec.Cmd { return enter(file, "dial") })
 	if _, err := second.Info(t.Context()); err != nil {
 		t.Error(err)
 	}
