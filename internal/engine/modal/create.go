@@ -190,11 +190,15 @@ func (e *Engine) createFault(ctx context.Context, err error, spec engine.Spec) e
 		// Something that it is made of was deleted.
 		e.forgetObjects()
 		if spec.Image != "" {
-			return fault.Wrap(err, fault.FailedPrecondition, "IMAGE_NOT_FOUND", "make sandbox %s from image %s", spec.ID, spec.Image)
+			return imageNotFound(spec.Image, err)
 		}
 		return fault.Wrap(err, fault.Unavailable, reasonNotFound, "make sandbox %s", spec.ID)
 	}
 	return told
+}
+
+func imageNotFound(ref engine.ImageRef, err error) error {
+	return fault.Wrap(err, fault.NotFound, "IMAGE_NOT_FOUND", "Modal has no image %q", ref)
 }
 
 // lookAgain looks for a sandbox after a create that failed; more than once where the

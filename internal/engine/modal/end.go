@@ -124,7 +124,11 @@ func (sb *sandbox) look() {
 		return
 	}
 	if err == nil {
-		_, err = sb.connect(ctx)
+		if _, err = sb.connect(ctx); isGone(err) && !sb.over() {
+			// Its worker has nothing of it any more, and that is not going to change.
+			sb.finish(fmt.Errorf("it is gone from its worker, though Modal has not told its end; Modal says: %s", words(err)))
+			return
+		}
 	}
 	if err != nil && ctx.Err() == nil {
 		sb.engine.cfg.Logger.Info("a sandbox cannot be reached", "sandbox", sb.String(), "error", err)

@@ -119,8 +119,12 @@ func isGone(err error) bool {
 
 // words are what the provider said, for people.
 func words(err error) string {
-	if s, ok := status.FromError(err); ok {
-		return s.Message()
+	// Not of what it is wrapped in: that is ours.
+	if s, ok := errors.AsType[interface {
+		error
+		GRPCStatus() *status.Status
+	}](err); ok {
+		return s.GRPCStatus().Message()
 	}
 	return err.Error()
 }

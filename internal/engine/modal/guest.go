@@ -160,7 +160,6 @@ func (sb *sandbox) connect(ctx context.Context) (*mux.Session, error) {
 	l, err := sb.openLine(ctx)
 	if err != nil {
 		if ctx.Err() == nil {
-			sb.suspect()
 			err = translate(ctx, err, "reach the guest of sandbox "+sb.id)
 		}
 		return nil, err

@@ -95,8 +95,8 @@ type objects struct {
 	secrets map[string]*sdk.Secret
 }
 
-// volume finds or makes a volume.
-func (e *Engine) volume(ctx context.Context, name string) (*sdk.Volume, error) {
+// volume finds a volume, or makes it.
+func (e *Engine) volume(ctx context.Context, name string, create bool) (*sdk.Volume, error) {
 	e.objects.mu.Lock()
 	v := e.objects.volumes[name]
 	e.objects.mu.Unlock()
@@ -105,7 +105,10 @@ func (e *Engine) volume(ctx context.Context, name string) (*sdk.Volume, error) {
 	}
 	call, cancel := within(ctx, callTimeout)
 	defer cancel()
-	v, err := e.client.Volumes.FromName(call, name, &sdk.VolumeFromNameParams{Environment: e.cfg.Environment, CreateIfMissing: true, Version: e.cfg.VolumeVersion})
+	v, err := e.client.Volumes.FromName(call, name, &sdk.VolumeFromNameParams{Environment: e.cfg.Environment, CreateIfMissing: create, Version: e.cfg.VolumeVersion})
+	if isGone(err) {
+		return nil, fault.Wrap(err, fault.NotFound, "VOLUME_NOT_FOUND", "Modal has no volume %q", name)
+	}
 	if err != nil {
 		return nil, translate(ctx, err, "find the volume "+name)
 	}
@@ -164,7 +167,7 @@ func (v volumes) Ensure(ctx context.Context, name string) error {
 	if err := checkVolume(name); err != nil {
 		return err
 	}
-	_, err := v.engine.volume(ctx, name)
+	_, err := v.engine.volume(ctx, name, true)
 	return err
 }
 
@@ -185,7 +188,7 @@ func (v volumes) Delete(ctx context.Context, name string) error {
 
 func checkVolume(name string) error {
 	if err := (engine.VolumeMount{Name: name, Path: "/volume"}).Check(); err != nil {
-		return fault.New(fault.Invalid, "VOLUMES_INVALID", "%v", err)
+		return fault.New(fault.Invalid, "VOLUMES", "%v", err)
 	}
 	return nil
 }

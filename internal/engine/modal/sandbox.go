@@ -137,9 +137,7 @@ func (sb *sandbox) use(l *line) bool {
 	return true
 }
 
-// suspect has the sandbox looked at soon.
-func (sb *sandbox) suspect() { sb.wake() }
-
+// wake has the sandbox looked at soon.
 func (sb *sandbox) wake() {
 	select {
 	case sb.doubt <- struct{}{}:
@@ -152,6 +150,9 @@ func (sb *sandbox) Dial(ctx context.Context) (net.Conn, error) {
 	for attempt := 1; ; attempt++ {
 		session, err := sb.connect(ctx)
 		if err != nil {
+			if ctx.Err() == nil {
+				sb.wake()
+			}
 			return nil, err
 		}
 		conn, err := session.Dial(ctx)

@@ -64,14 +64,14 @@ func (e *Engine) CheckSpec(s engine.Spec) error {
 		return err
 	}
 	if err := engine.CheckVolumes(s.Volumes); err != nil {
-		return fault.New(fault.Invalid, "VOLUMES_INVALID", "%v", err)
+		return fault.New(fault.Invalid, "VOLUMES", "%v", err)
 	}
 	if s.Lifetime < 0 {
 		return fault.New(fault.Invalid, "LIFETIME_NEGATIVE", "lifetime %v: must not be negative", s.Lifetime)
 	}
 	for _, v := range s.Volumes {
 		if strings.Contains(v.Path, ":") {
-			return fault.New(fault.Invalid, "VOLUMES_INVALID", "volume %q: its path must not have a \":\"", v.Name)
+			return fault.New(fault.Invalid, "VOLUMES", "volume %q: its path must not have a \":\"", v.Name)
 		}
 	}
 	for name := range s.Labels {
@@ -85,7 +85,7 @@ func (e *Engine) CheckSpec(s engine.Spec) error {
 		}
 	}
 	if s.Image != "" && !objectName().MatchString(string(s.Image)) {
-		return fault.New(fault.FailedPrecondition, "IMAGE_NOT_AVAILABLE", "image %q: not one of Modal's", s.Image)
+		return imageNotFound(s.Image, nil)
 	}
 	if err := e.checkNetwork(s.Network); err != nil {
 		return err
@@ -172,7 +172,7 @@ func (e *Engine) params(ctx context.Context, s engine.Spec) (*sdk.SandboxCreateP
 		p.Secrets = append(p.Secrets, secret)
 	}
 	for _, m := range s.Volumes {
-		v, err := e.volume(ctx, m.Name)
+		v, err := e.volume(ctx, m.Name, false)
 		if err != nil {
 			return nil, record{}, err
 		}
