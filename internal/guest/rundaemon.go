@@ -16,6 +16,9 @@ import (
 // providerPrefix begins the variables that a provider gives its own programs.
 const providerPrefix = "MODAL_"
 
+// workspace is where commands run that are not told where.
+const workspace = "/workspace"
+
 // RunDaemon is the guest in a box that somebody else has made and confined: it makes no
 // namespaces, mounts and control groups, answers on a socket in a private place of its
 // own, and follows processes through /proc. Best it is the box's first process, so that it
@@ -46,6 +49,7 @@ func RunDaemon(hostname string, inherit bool) error {
 	_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) // orphans come here, first process or not
 	_ = unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)        // hides secrets of the environment from other users
 	syscall.Umask(0o022)
+	_ = os.MkdirAll(workspace, 0o755) // as sandboxes of the local engine have it
 
 	cfg := Config{RuntimeDirectory: dir}
 	if inherit {

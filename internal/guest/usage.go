@@ -22,9 +22,14 @@ func (g *Guest) usage() *guestv1.UsageResponse {
 		u.PeakMemoryBytes = uint64(past.Maxrss) << 10
 	}
 	self := os.Getpid()
+	alive := livingProcesses(self)
+	// A process that left its parent while the table was being read may have been missed.
+	if again := livingProcesses(self); len(again) > len(alive) {
+		alive = again
+	}
+	u.Processes = uint32(len(alive))
 	var now uint64
-	for _, pid := range livingProcesses(self) {
-		u.Processes++
+	for _, pid := range alive {
 		used, memory := processUsage(pid)
 		u.CpuMicros += uint64(used.Microseconds())
 		now += memory

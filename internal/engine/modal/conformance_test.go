@@ -25,6 +25,8 @@ func TestConformance(t *testing.T) {
 		"a full sandbox is told why nothing starts, and goes on with room": noLimit,
 		"a sandbox with a limit of disk lives on with the next engine":     noLimit,
 		"the end of a full sandbox is quick":                               noLimit,
+		"a snapshot is of one moment, while processes write":               "Modal does not say that its snapshots are, and the fake's are not",
+		"files of volumes give nobody's rights":                            "how volumes are mounted is Modal's affair",
 		"a volume is shared by sandboxes that live":                        "a sandbox of Modal's sees what others committed to a volume when it starts, or when it reloads its volumes",
 	}
 	fakeOf(t, modaltest.Config{})

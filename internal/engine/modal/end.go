@@ -14,9 +14,11 @@ const (
 	// firstLook and lastLook are how long apart looks at a sandbox are that cannot be
 	// reached. While it can, its pipe tells of its end and nothing is asked.
 	firstLook = time.Second
-	lastLook  = 30 * time.Second
+	lastLook  = 15 * time.Second
 	// measureEvery is how often is looked at how much went over a pipe.
 	measureEvery = 5 * time.Second
+	// resultLag is how long Modal may take to tell an end; half a minute was seen.
+	resultLag = time.Minute
 	// reapTimeout bounds how long is tried to end a sandbox that somebody gave up ending.
 	reapTimeout = 15 * time.Minute
 )
@@ -124,15 +126,28 @@ func (sb *sandbox) look() {
 		return
 	}
 	if err == nil {
-		if _, err = sb.connect(ctx); isGone(err) && !sb.over() {
-			// Its worker has nothing of it any more, and that is not going to change.
+		_, err = sb.connect(ctx)
+		if isGone(err) && sb.missing() >= sb.engine.lag {
+			// Its worker has nothing of it, and Modal has had time to tell its end.
 			sb.finish(fmt.Errorf("it is gone from its worker, though Modal has not told its end; Modal says: %s", words(err)))
 			return
 		}
 	}
+	if err == nil {
+		sb.missed = time.Time{}
+	}
 	if err != nil && ctx.Err() == nil {
 		sb.engine.cfg.Logger.Info("a sandbox cannot be reached", "sandbox", sb.String(), "error", err)
 	}
+}
+
+// missing is for how long a sandbox's worker has said that it has nothing of it. It is for
+// the goroutine that follows the sandbox.
+func (sb *sandbox) missing() time.Duration {
+	if sb.missed.IsZero() {
+		sb.missed = time.Now()
+	}
+	return time.Since(sb.missed)
 }
 
 // reason says why a sandbox ended. Our own records come first; the code alone is not

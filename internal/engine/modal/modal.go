@@ -106,6 +106,7 @@ type Engine struct {
 	ownClient bool
 	guestFile string
 	ceiling   *ceiling
+	lag       time.Duration // resultLag
 
 	closing chan struct{}
 	work    sync.WaitGroup
@@ -132,7 +133,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	sum := sha256.Sum256(cfg.Guest)
 	e := &Engine{
 		cfg: cfg, client: cfg.Client, guestFile: guestDirectory + "executor-guest-" + hex.EncodeToString(sum[:8]),
-		ceiling: newCeiling(cfg.MaxSandboxes, cfg.MaxCreatesPerMinute), closing: make(chan struct{}), preparing: make(chan struct{}, 1),
+		ceiling: newCeiling(cfg.MaxSandboxes, cfg.MaxCreatesPerMinute), lag: resultLag, closing: make(chan struct{}), preparing: make(chan struct{}, 1),
 		sandboxes: make(map[string]*sandbox), busy: make(map[string]chan struct{}), found: make(map[string]bool), ids: make(map[string]string),
 	}
 	if e.client == nil {

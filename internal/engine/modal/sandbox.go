@@ -31,6 +31,8 @@ type sandbox struct {
 	doubt   chan struct{} // has an element when somebody thinks that it may have ended
 	ending  chan struct{} // has room for the one Terminate that works
 
+	missed time.Time // since when its worker has nothing of it; of follow
+
 	mu      sync.Mutex
 	handle  *sdk.Sandbox
 	line    *line // the one in use; nil without

@@ -259,6 +259,7 @@ func TestEnds(t *testing.T) {
 	} {
 		t.Run(string(how), func(t *testing.T) {
 			h := newHouse(t, modaltest.Config{}, nil)
+			h.engine.lag = 5 * time.Second
 			sb := h.create("taken")
 			if _, err := h.client(sb).Start(h.ctx(), &guestv1.StartRequest{Execution: "x", Args: []string{"/bin/sleep", "1000"}, WorkingDirectory: "/"}); err != nil {
 				t.Fatal(err)
@@ -313,12 +314,12 @@ func TestPipesBreak(t *testing.T) {
 			}
 		},
 		"tokens expire": func(h *house, sb *sandbox) {
-			h.fake.ExpireTokens()
+			time.Sleep(1500 * time.Millisecond) // they live a second
 			l := sb.openedLine()
 			if l == nil {
 				h.Fatal("no line")
 			}
-			l.session.Close() // the next is dialled with a token that is not valid
+			l.session.Close()
 		},
 		"it is renewed": func(h *house, sb *sandbox) {
 			before := sb.openedLine()
@@ -339,7 +340,7 @@ func TestPipesBreak(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := newHouse(t, modaltest.Config{}, nil)
+			h := newHouse(t, modaltest.Config{RouterTokenLife: time.Second, AuthTokenLife: time.Second}, nil)
 			sb := h.create("breaks")
 			c := h.client(sb)
 			type result struct {

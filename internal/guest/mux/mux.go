@@ -41,7 +41,7 @@ func config() *yamux.Config {
 	c.MaxStreamWindowSize = window
 	// A direction may stay open for as long as it likes after the other was closed.
 	c.StreamCloseTimeout = 0
-	c.StreamOpenTimeout = 0 // silence is noticed otherwise
+	c.StreamOpenTimeout = 0  // silence is noticed otherwise
 	c.LogOutput = io.Discard // whoever uses the session gets the error
 	return c
 }
