@@ -59,7 +59,9 @@ func TestMeasure(t *testing.T) {
 			h.run(c, "true")
 			runs = append(runs, time.Since(begun))
 		}
-		rate := func(bytes int, d time.Duration) string { return fmt.Sprintf("%.1f MB/s", float64(bytes)/1e6/d.Seconds()) }
+		rate := func(bytes int, d time.Duration) string {
+			return fmt.Sprintf("%.1f MB/s", float64(bytes)/1e6/d.Seconds())
+		}
 		begun = time.Now()
 		total := 0
 		_, err := c.RunStream(h.ctx(), command("head", "-c", "67108864", "/dev/zero"), func(_ guestv1.Stream, data []byte) error { total += len(data); return nil })

@@ -97,7 +97,10 @@ type Header struct {
 	Headers map[string]string
 }
 
-var _ engine.Engine = (*Engine)(nil)
+var (
+	_ engine.Engine    = (*Engine)(nil)
+	_ engine.Explained = (*sandbox)(nil)
+)
 
 // Engine makes sandboxes on Modal.
 type Engine struct {
