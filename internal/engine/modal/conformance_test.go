@@ -8,11 +8,12 @@ import (
 	"github.com/harvest-run/executord/internal/engine/modal/modaltest"
 )
 
-func TestConformance(t *testing.T) {
+// exceptions are what a sandbox on Modal does not do, or what the fake of it cannot show.
+func exceptions() enginetest.Exceptions {
 	const memory = "Modal kills what goes over its limit of memory by itself, and does not tell; the fake does neither"
 	const processor = "Modal limits processor time by itself, the fake does not"
 	const noLimit = "Modal has no such limit, and one that is asked for is refused"
-	except := enginetest.Exceptions{
+	return enginetest.Exceptions{
 		"a sandbox is called by its id":                                    "Modal gives sandboxes names of its own, and does not let them change it",
 		"the end of everything in a sandbox is not that of its guest":      "the first process of a sandbox may be Modal's own; then the guest is one of those that `kill -9 -1` ends, and the sandbox ends with it",
 		"the memory limit kills, and says so":                              memory,
@@ -29,6 +30,9 @@ func TestConformance(t *testing.T) {
 		"files of volumes give nobody's rights":                            "how volumes are mounted is Modal's affair",
 		"a volume is shared by sandboxes that live":                        "a sandbox of Modal's sees what others committed to a volume when it starts, or when it reloads its volumes",
 	}
+}
+
+func TestConformance(t *testing.T) {
 	fakeOf(t, modaltest.Config{})
 	owners := 0
 	enginetest.Run(t, func(t *testing.T) enginetest.Place {
@@ -39,5 +43,5 @@ func TestConformance(t *testing.T) {
 			Open:      func(t *testing.T) engine.Engine { return openEngine(t, cfg) },
 			KillGuest: killGuest,
 		}
-	}, except)
+	}, exceptions())
 }

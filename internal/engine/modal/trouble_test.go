@@ -280,7 +280,7 @@ func TestEnds(t *testing.T) {
 	})
 	t.Run("its time is over", func(t *testing.T) {
 		h := newHouse(t, modaltest.Config{}, nil)
-		made, err := h.engine.Create(h.ctx(), engine.Spec{ID: "short", Lifetime: 3 * time.Second})
+		made, err := h.engine.Create(h.ctx(), engine.Spec{ID: "short", Lifetime: 10 * time.Second})
 		if err != nil {
 			t.Fatal(err)
 		}
