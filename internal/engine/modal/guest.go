@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -66,9 +67,10 @@ func (sb *sandbox) openLine(ctx context.Context) (*line, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		if !inDoubt(err) || errors.Is(err, errNotGreeted) || errors.Is(err, errNoGuest) || sb.over() {
+		if !inDoubt(err) || isAny(err, errNotGreeted, errNoGuest, errClosing) || sb.over() {
 			return nil, err
 		}
+		sb.engine.cfg.Logger.InfoContext(ctx, "a sandbox cannot be reached yet", "sandbox", sb.String(), "error", err)
 		select {
 		case <-time.After(pause):
 		case <-sb.done:
@@ -77,6 +79,10 @@ func (sb *sandbox) openLine(ctx context.Context) (*line, error) {
 		}
 		sb.renewHandle()
 	}
+}
+
+func isAny(err error, targets ...error) bool {
+	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 }
 
 // tryLine starts the program once.
@@ -156,6 +162,11 @@ func (sb *sandbox) connect(ctx context.Context) (*mux.Session, error) {
 	}
 	if l := sb.openedLine(); l != nil {
 		return l.session, nil
+	}
+	select {
+	case <-sb.engine.closing:
+		return nil, errClosing
+	default:
 	}
 	l, err := sb.openLine(ctx)
 	if err != nil {

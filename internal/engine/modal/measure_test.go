@@ -1,10 +1,13 @@
 package modal
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
 	"slices"
+	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -41,6 +44,10 @@ func TestMeasure(t *testing.T) {
 	}
 	for _, trip := range []time.Duration{0, 20 * time.Millisecond, 100 * time.Millisecond} {
 		h := newHouse(t, modaltest.Config{RoundTrip: trip}, nil)
+		size := 64 << 20
+		if trip > 50*time.Millisecond {
+			size = 16 << 20
+		}
 		begun := time.Now()
 		sb := h.create("measured")
 		created := time.Since(begun)
@@ -64,20 +71,22 @@ func TestMeasure(t *testing.T) {
 		}
 		begun = time.Now()
 		total := 0
-		_, err := c.RunStream(h.ctx(), command("head", "-c", "67108864", "/dev/zero"), func(_ guestv1.Stream, data []byte) error { total += len(data); return nil })
-		if err != nil || total != 64<<20 {
+		_, err := c.RunStream(h.ctx(), command("head", "-c", strconv.Itoa(size), "/dev/zero"), func(_ guestv1.Stream, data []byte) error { total += len(data); return nil })
+		if err != nil || total != size {
 			t.Fatal(total, err)
 		}
 		output := rate(total, time.Since(begun))
 		in := command("wc", "-c")
-		in.Input = make([]byte, 16<<20)
+		in.Input = make([]byte, size/4)
 		begun = time.Now()
-		if out, err := c.Run(h.ctx(), in); err != nil || string(out.Stdout) != "16777216\n" {
+		if out, err := c.Run(h.ctx(), in); err != nil || string(out.Stdout) != strconv.Itoa(size/4)+"\n" {
 			t.Fatalf("%q %v", out.Stdout, err)
 		}
-		input := rate(16<<20, time.Since(begun))
+		input := rate(size/4, time.Since(begun))
 
-		h.engine.work.Go(func() { _, _ = c.Run(h.Context(), command("python3", "-c", server)) })
+		serving, stop := context.WithCancelCause(h.Context())
+		var servers sync.WaitGroup
+		servers.Go(func() { _, _ = c.Run(serving, command("python3", "-c", server)) })
 		connect := func() io.ReadWriteCloser {
 			for {
 				conn, err := guestclient.Connect(h.ctx(), sb, 9000)
@@ -109,6 +118,8 @@ func TestMeasure(t *testing.T) {
 		median := func(d []time.Duration) time.Duration { slices.Sort(d); return d[len(d)/2].Round(10 * time.Microsecond) }
 		fmt.Printf("round trip %v: create %v (cold image: the guest is delivered), first exec %v, request %v, exec %v, output %s, input %s, connection in %s, out %s\n",
 			trip, created.Round(time.Millisecond), first.Round(100*time.Microsecond), median(infos), median(runs), output, input, sent, received)
+		stop(nil)
+		servers.Wait()
 		if err := h.engine.Close(); err != nil {
 			t.Error(err)
 		}

@@ -397,6 +397,21 @@ func TestCeilingHolds(t *testing.T) {
 	}
 }
 
+// A sandbox of an engine that was closed cannot be dialled, and says so at once.
+func TestDialAfterClose(t *testing.T) {
+	h := newHouse(t, modaltest.Config{}, nil)
+	sb := h.create("closed")
+	if err := h.engine.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sb.Dial(h.ctx()); !errors.Is(err, errClosing) {
+		t.Errorf("dial: %v", err)
+	}
+	if _, err := h.engine.Create(h.ctx(), engine.Spec{ID: "late"}); !errors.Is(err, errClosing) {
+		t.Errorf("create: %v", err)
+	}
+}
+
 // Secrets of the provider are in the environment of programs where they were asked for.
 func TestSecrets(t *testing.T) {
 	h := newHouse(t, modaltest.Config{Secrets: map[string]map[string]string{"harvest-github": {"GITHUB_TOKEN": "ghp_x"}}}, nil)
