@@ -87,7 +87,9 @@ func Dial(stdin, stdout *os.File) error {
 	if err != nil {
 		return err
 	}
-	first.Close()
+	if err := first.Close(); err != nil {
+		return err
+	}
 	return mux.Serve(stdio{stdin, stdout}, func() (mux.HalfConn, error) { return reach(dir, 0) })
 }
 

@@ -10,14 +10,13 @@ import (
 
 // exceptions are what a sandbox on Modal does not do, or what the fake of it cannot show.
 func exceptions() enginetest.Exceptions {
-	const memory = "Modal kills what goes over its limit of memory by itself, and does not tell; the fake does neither"
+	const memory = "Modal kills what goes over its limit of memory, and tells nobody that it did"
 	const processor = "Modal limits processor time by itself, the fake does not"
 	const noLimit = "Modal has no such limit, and one that is asked for is refused"
 	return enginetest.Exceptions{
 		"a sandbox is called by its id":                                    "Modal gives sandboxes names of its own, and does not let them change it",
 		"the end of everything in a sandbox is not that of its guest":      "the first process of a sandbox may be Modal's own; then the guest is one of those that `kill -9 -1` ends, and the sandbox ends with it",
 		"the memory limit kills, and says so":                              memory,
-		"shared memory counts as memory":                                   memory,
 		"the process limit refuses forks, and says so":                     noLimit,
 		"the processor limit holds":                                        processor,
 		"the guest answers while everything is used up":                    noLimit,

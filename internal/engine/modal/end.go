@@ -161,13 +161,13 @@ func (sb *sandbox) reason(ctx context.Context, code *int) error {
 	case !time.Now().Before(sb.until.Add(-2 * time.Second)):
 		return fmt.Errorf("its lifetime was over, at %s%s", sb.until.UTC().Format(time.RFC3339), said)
 	case code == nil:
-		return fmt.Errorf("Modal does not know it any more%s", said)
+		return fmt.Errorf("it is not known to Modal any more%s", said)
 	case *code == codeTimeout:
-		return fmt.Errorf("Modal ended it because its time was over%s", said)
+		return fmt.Errorf("its time was over, as Modal tells%s", said)
 	case *code == codeTerminated:
 		return fmt.Errorf("it was terminated, and not by executord%s", said)
 	case *code == 0:
-		return fmt.Errorf("Modal tells its end as 0, as it does when nobody talked to a sandbox for too long or when it was evicted%s", said)
+		return fmt.Errorf("its end is told by Modal as 0, as it is when nobody talked to a sandbox for too long or when it was evicted%s", said)
 	}
 	return fmt.Errorf("its guest ended with %d%s", *code, said)
 }

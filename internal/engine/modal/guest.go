@@ -95,7 +95,7 @@ func (sb *sandbox) tryLine(ctx context.Context, script string) (_ *line, err err
 	if !sb.engine.spawn(pipe.send) {
 		return nil, errClosing
 	}
-	stop := context.AfterFunc(ctx, func() { pipe.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = pipe.Close() })
 	greeting := make([]byte, len(mux.Greeting))
 	n, err := io.ReadFull(pipe, greeting)
 	if !stop() {

@@ -165,10 +165,21 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	return e, nil
 }
 
+// DefaultImage is what a Config gets that names no image.
+const DefaultImage = "debian:13-slim"
+
+// DefaultImageCommands install what programs usually expect into DefaultImage.
+func DefaultImageCommands() []string {
+	return []string{
+		"RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends" +
+			" bash ca-certificates curl git jq nodejs npm procps python3 python3-venv && rm -rf /var/lib/apt/lists/*",
+	}
+}
+
 // complete checks the configuration and sets what it leaves to us.
 func (c *Config) complete() error {
 	set(&c.App, "harvest-agent-executor")
-	set(&c.Image, "debian:13-slim")
+	set(&c.Image, DefaultImage)
 	set(&c.Lifetime, maxLifetime)
 	set(&c.IdleTimeout, time.Hour)
 	set(&c.VolumeVersion, 2)
@@ -180,10 +191,7 @@ func (c *Config) complete() error {
 	set(&c.RenewAfter, 6*time.Hour)
 	c.IdleTimeout = max(c.IdleTimeout, 0)
 	if c.ImageCommands == nil {
-		c.ImageCommands = []string{
-			"RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends" +
-				" bash ca-certificates curl git jq nodejs npm procps python3 python3-venv && rm -rf /var/lib/apt/lists/*",
-		}
+		c.ImageCommands = DefaultImageCommands()
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

@@ -255,7 +255,7 @@ func TestStorms(t *testing.T) {
 func TestEnds(t *testing.T) {
 	for how, says := range map[modaltest.Gone]string{
 		modaltest.GoneFailed: "preempted", modaltest.GoneTerminated: "not by executord", modaltest.GoneEvicted: "evicted",
-		modaltest.GoneForgotten: "does not know it", modaltest.GoneSilent: "gone from its worker",
+		modaltest.GoneForgotten: "not known to Modal", modaltest.GoneSilent: "gone from its worker",
 	} {
 		t.Run(string(how), func(t *testing.T) {
 			h := newHouse(t, modaltest.Config{}, nil)

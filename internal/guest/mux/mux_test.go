@@ -333,7 +333,7 @@ func TestGuard(t *testing.T) {
 				if c.says == "" && err != io.EOF || c.says != "" && !strings.Contains(err.Error(), c.says) {
 					t.Errorf("in pieces of %d: %v, want %q", size, err, c.says)
 				}
-				if g.failure() != err { //nolint:errorlint // the very error
+				if g.failure() != err {
 					t.Errorf("told %v, remembered %v", err, g.failure())
 				}
 			}

@@ -197,7 +197,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	case errors.Is(err, yamux.ErrTimeout):
 		return n, os.ErrDeadlineExceeded
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		select {
 		case <-c.session.Done():
 			// The session's end looks like the connection's own.
