@@ -85,9 +85,10 @@ func (sb *sandbox) watch(l *line) bool {
 	for {
 		select {
 		case <-l.session.Done():
+			why := l.session.Err()
 			l.session.Close()
 			if !sb.isOrdered() {
-				sb.engine.cfg.Logger.Info("the pipe to a sandbox ended", "sandbox", sb.String(), "error", l.session.Err())
+				sb.engine.cfg.Logger.Info("the pipe to a sandbox ended", "sandbox", sb.String(), "error", why)
 				sb.renewHandle()
 				sb.look()
 			}

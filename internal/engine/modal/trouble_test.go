@@ -254,7 +254,7 @@ func TestStorms(t *testing.T) {
 // success.
 func TestEnds(t *testing.T) {
 	for how, says := range map[modaltest.Gone]string{
-		modaltest.GoneFailed: "preempted", modaltest.GoneTerminated: "not by executord", modaltest.GoneEvicted: "evicted",
+		modaltest.GoneFailed: "told by Modal as 0", modaltest.GoneTerminated: "not by executord", modaltest.GoneEvicted: "evicted",
 		modaltest.GoneForgotten: "not known to Modal", modaltest.GoneSilent: "gone from its worker",
 	} {
 		t.Run(string(how), func(t *testing.T) {
