@@ -171,6 +171,34 @@ func TestCloseDelivers(t *testing.T) {
 	}
 }
 
+// A close right after the dial, before the guest's end has connected: nothing stays.
+func TestCloseAtOnce(t *testing.T) {
+	served := make(chan struct{}, 100)
+	s := pair(t, func(conn *net.UnixConn) {
+		for {
+			if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
+				break
+			}
+		}
+		served <- struct{}{}
+	})
+	var work sync.WaitGroup
+	for range 100 {
+		work.Go(func() {
+			c, err := s.Dial(t.Context())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			c.Close()
+		})
+	}
+	work.Wait()
+	for range 100 {
+		<-served
+	}
+}
+
 func TestCloseEndsARead(t *testing.T) {
 	s := pair(t, echo)
 	c := dial(t, s)

@@ -24,13 +24,26 @@ type server struct {
 	control io.ReadWriter
 
 	mu   sync.Mutex
-	open map[uint32]bridged
+	open map[uint32]*bridged
+	// last is the newest stream that was accepted. They come in the order of their numbers.
+	last uint32
+	// early are streams to come that nobody reads any more.
+	early map[uint32]bool
 }
 
 // bridged is a stream and the connection that it is connected with.
 type bridged struct {
 	stream *yamux.Stream
-	conn   HalfConn
+	conn   HalfConn // nil until there is one
+	gone   bool     // nobody reads the stream
+}
+
+// stop stops what is sent. The lock is held.
+func (b *bridged) stop() {
+	_ = b.stream.SetWriteDeadline(time.Unix(1, 0)) // always nil
+	if b.conn != nil {
+		_ = b.conn.CloseRead() // it may have ended by itself
+	}
 }
 
 // Serve is the guest's end: it greets, and connects every stream with what connect
@@ -49,7 +62,7 @@ func Serve(pipe io.ReadWriteCloser, connect func() (HalfConn, error)) error {
 	if err != nil {
 		return ended(err)
 	}
-	s := &server{connect: connect, control: control, open: make(map[uint32]bridged)}
+	s := &server{connect: connect, control: control, open: make(map[uint32]*bridged), early: make(map[uint32]bool)}
 	var work sync.WaitGroup
 	work.Go(func() { readGone(control, s.gone) })
 	for {
@@ -59,7 +72,8 @@ func Serve(pipe io.ReadWriteCloser, connect func() (HalfConn, error)) error {
 			work.Wait()
 			return ended(err)
 		}
-		work.Go(func() { s.bridge(stream) })
+		b := s.accepted(stream)
+		work.Go(func() { s.bridge(b) })
 	}
 }
 
@@ -80,14 +94,38 @@ func ended(err error) error {
 	return err
 }
 
-// gone stops what is sent on a stream that nobody reads.
+// accepted notes a stream.
+func (s *server) accepted(stream *yamux.Stream) *bridged {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	id := stream.StreamID()
+	b := &bridged{stream: stream, gone: s.early[id]}
+	delete(s.early, id)
+	s.last = id
+	s.open[id] = b
+	return b
+}
+
+// connected notes the connection of a stream.
+func (s *server) connected(b *bridged, conn HalfConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b.conn = conn
+	if b.gone {
+		b.stop()
+	}
+}
+
+// gone stops what is sent on a stream that nobody reads. The message may be faster than
+// the stream that it is about.
 func (s *server) gone(id uint32) {
 	s.mu.Lock()
-	b, ok := s.open[id]
-	s.mu.Unlock()
-	if ok {
-		_ = b.conn.CloseRead()                         // it may have ended by itself
-		_ = b.stream.SetWriteDeadline(time.Unix(1, 0)) // always nil
+	defer s.mu.Unlock()
+	if b := s.open[id]; b != nil {
+		b.gone = true
+		b.stop()
+	} else if id > s.last {
+		s.early[id] = true
 	}
 }
 
@@ -95,13 +133,20 @@ func (s *server) closeAll() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, b := range s.open {
-		b.conn.Close()
+		if b.conn != nil {
+			b.conn.Close()
+		}
 	}
 }
 
 // bridge moves bytes both ways until both directions have ended.
-func (s *server) bridge(stream *yamux.Stream) {
-	id := stream.StreamID()
+func (s *server) bridge(b *bridged) {
+	stream, id := b.stream, b.stream.StreamID()
+	defer func() {
+		s.mu.Lock()
+		delete(s.open, id)
+		s.mu.Unlock()
+	}()
 	conn, err := s.connect()
 	if err != nil {
 		_ = sendGone(s.control, id)
@@ -110,14 +155,7 @@ func (s *server) bridge(stream *yamux.Stream) {
 		return
 	}
 	defer conn.Close()
-	s.mu.Lock()
-	s.open[id] = bridged{stream, conn}
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		delete(s.open, id)
-		s.mu.Unlock()
-	}()
+	s.connected(b, conn)
 	var outward sync.WaitGroup
 	outward.Go(func() {
 		_, err := io.Copy(stream, conn)

@@ -27,6 +27,7 @@ type Session struct {
 	control *yamux.Stream
 	guarded *guard
 	work    sync.WaitGroup
+	opening sync.Mutex
 
 	mu    sync.Mutex
 	conns map[uint32]*Conn
@@ -106,7 +107,10 @@ func (s *Session) Dial(ctx context.Context) (*Conn, error) {
 	if err := context.Cause(ctx); err != nil {
 		return nil, err
 	}
+	// One by one, so that they come in the order of their numbers.
+	s.opening.Lock()
 	stream, err := s.mux.OpenStream()
+	s.opening.Unlock()
 	if err != nil {
 		return nil, fmt.Errorf("open a pipe to the guest: %w", err)
 	}
@@ -185,6 +189,12 @@ func (c *Conn) Movable() bool {
 
 // Read reads what the guest sent.
 func (c *Conn) Read(p []byte) (int, error) {
+	c.mu.Lock()
+	closed := c.closed
+	c.mu.Unlock()
+	if closed {
+		return 0, net.ErrClosed
+	}
 	n, err := c.stream.Read(p)
 	if err == nil {
 		return n, nil
