@@ -1,7 +1,6 @@
 package mux
 
 import (
-	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
@@ -269,57 +268,51 @@ func TestDeadlines(t *testing.T) {
 	}
 }
 
+// These are not in a bubble of synctest: yamux keeps timers of one for the next.
 func TestSilenceEndsTheSession(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := net.Pipe()
-		var work sync.WaitGroup
-		work.Go(func() { _, _ = io.Copy(io.Discard, theirs) }) // takes all, says nothing
-		s, err := Open(ours)
-		if err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(silence - time.Second)
-		select {
-		case <-s.Done():
-			t.Fatal("given up too early")
-		default:
-		}
-		time.Sleep(2 * time.Second)
-		<-s.Done()
-		if !errors.Is(s.Err(), ErrSilent) {
-			t.Errorf("the session ended by %v", s.Err())
-		}
-		s.Close()
-		theirs.Close()
-		work.Wait()
-	})
+	ours, theirs := net.Pipe()
+	var work sync.WaitGroup
+	work.Go(func() { _, _ = io.Copy(io.Discard, theirs) }) // takes all, says nothing
+	s, err := open(ours, 100*time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-s.Done()
+	if !errors.Is(s.Err(), ErrSilent) {
+		t.Errorf("the session ended by %v", s.Err())
+	}
+	s.Close()
+	theirs.Close()
+	work.Wait()
 }
 
-// A guest's end without anybody at the other goes, so that the sandbox does not count as
-// used; one whose signs of life are answered stays.
-func TestTheGuestsEndGoesAlone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ours, theirs := net.Pipe()
-		over := make(chan error, 1)
-		var work sync.WaitGroup
-		work.Go(func() {
-			over <- Serve(theirs, func() (HalfConn, error) { return nil, errors.New("none") })
-		})
-		_, _ = bufio.NewReader(ours).ReadString('\n')
-		s, err := Open(ours)
-		if err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Hour)
+// Signs of life keep a session that nobody uses.
+func TestKeepAlive(t *testing.T) {
+	ours, theirs := net.Pipe()
+	over := make(chan error, 1)
+	var work sync.WaitGroup
+	work.Go(func() {
+		over <- serve(theirs, func() (HalfConn, error) { return nil, errors.New("none") }, 100*time.Millisecond)
+	})
+	if _, err := io.ReadFull(ours, make([]byte, len(Greeting))); err != nil {
+		t.Fatal(err)
+	}
+	s, err := open(ours, 2*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for s.Bytes() < 10*2*headerSize { // ten pings and answers
 		select {
 		case err := <-over:
 			t.Fatalf("it went while somebody was there: %v", err)
-		default:
+		case <-s.Done():
+			t.Fatalf("it was given up: %v", s.Err())
+		case <-time.After(10 * time.Millisecond):
 		}
-		s.Close()
-		<-over
-		work.Wait()
-	})
+	}
+	s.Close()
+	<-over
+	work.Wait()
 }
 
 // frame is a yamux header.

@@ -49,11 +49,15 @@ func (b *bridged) stop() {
 // Serve is the guest's end: it greets, and connects every stream with what connect
 // returns, until the session ends or nobody is at the other end any more.
 func Serve(pipe io.ReadWriteCloser, connect func() (HalfConn, error)) error {
+	return serve(pipe, connect, KeepAlive)
+}
+
+func serve(pipe io.ReadWriteCloser, connect func() (HalfConn, error), keepAlive time.Duration) error {
 	if _, err := io.WriteString(pipe, Greeting); err != nil {
 		return fmt.Errorf("greet: %w", err)
 	}
 	c := config()
-	c.EnableKeepAlive = true
+	c.EnableKeepAlive, c.KeepAliveInterval = true, keepAlive
 	session, err := yamux.Server(joinedPipe{&joiner{w: pipe}, pipe}, c)
 	if err != nil {
 		return err

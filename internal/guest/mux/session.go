@@ -36,7 +36,9 @@ type Session struct {
 
 // Open makes executord's end of a session over a pipe on which the Greeting has been
 // read. The session owns the pipe; Close of the pipe must end a Read and a Write.
-func Open(pipe io.ReadWriteCloser) (*Session, error) {
+func Open(pipe io.ReadWriteCloser) (*Session, error) { return open(pipe, silence) }
+
+func open(pipe io.ReadWriteCloser, silence time.Duration) (*Session, error) {
 	s := &Session{guarded: newGuard(pipe), conns: make(map[uint32]*Conn)}
 	c := config()
 	c.AcceptBacklog = 64 // as many streams may wait to be known to the guest's end
@@ -48,12 +50,12 @@ func Open(pipe io.ReadWriteCloser) (*Session, error) {
 		return nil, errors.Join(err, s.mux.Close())
 	}
 	s.work.Go(func() { readGone(s.control, s.gone) })
-	s.work.Go(s.listen)
+	s.work.Go(func() { s.listen(silence) })
 	return s, nil
 }
 
 // listen gives the session up when nothing comes any more.
-func (s *Session) listen() {
+func (s *Session) listen(silence time.Duration) {
 	for tick := time.NewTimer(silence); ; {
 		select {
 		case <-tick.C:
