@@ -39,6 +39,10 @@ test: ## everything: prerequisites, generated code, lint, unit, conformance and 
 	scripts/test-tools
 	scripts/gotest ./...
 
+.PHONY: test-modal
+test-modal: ## run the conformance suite on Modal itself; needs MODAL_TOKEN_ID and MODAL_TOKEN_SECRET, and costs a little
+	EXECUTORD_TEST_MODAL=1 CGO_ENABLED=0 go test -count=1 -timeout 60m -v -run 'TestConformanceLive' ./internal/engine/modal
+
 .PHONY: lint
 lint: ## go vet, golangci-lint, buf lint, buf breaking
 	go vet ./...

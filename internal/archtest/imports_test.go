@@ -75,7 +75,7 @@ func rules() []rule {
 		{
 			of:      []string{"./cmd/executor-guest/...", "./internal/guest/..."},
 			ours:    []string{"./internal/guest/...", "./gen/harvest/guest/..."},
-			modules: []string{"golang.org/x/sys/...", "google.golang.org/protobuf/..."},
+			modules: []string{"golang.org/x/sys/...", "google.golang.org/protobuf/...", "github.com/hashicorp/yamux"},
 			why:     "the guest is in every sandbox: what it links costs start-up time and memory a thousand times over",
 		},
 		{
@@ -118,6 +118,11 @@ func rules() []rule {
 			of:    []string{"./cmd/..."},
 			never: []string{"./internal/engine/modal/modaltest/..."},
 			why:   "no fake is in what is installed",
+		},
+		{
+			of:   []string{"./internal/engine/modal"},
+			ours: []string{"./internal/engine", "./internal/fault", "./internal/guest/wire", "./internal/guest/mux", "./gen/harvest/guest/..."},
+			why:  "an engine makes a box and hands over a pipe: it knows nothing of commands, sessions or requests",
 		},
 		{
 			of:   []string{"./internal/engine/enginetest/..."},
