@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
+	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/session"
 )
@@ -29,6 +31,28 @@ func (f *fakeUnfinished) UnfinishedExecutions(context.Context) ([]execution.Exec
 	return f.executions, f.executeErr
 }
 
+// straysOf are strays of one engine.
+func straysOf(e engine.Engine, ids ...string) []stray {
+	var all []stray
+	for _, id := range ids {
+		all = append(all, stray{e, id})
+	}
+	return all
+}
+
+// names are those of strays, with their engines' if that is not "fake".
+func names(all []stray) []string {
+	var out []string
+	for _, one := range all {
+		if name := one.engine.Name(); name != "fake" {
+			out = append(out, name+"/"+one.sandbox)
+		} else {
+			out = append(out, one.sandbox)
+		}
+	}
+	return out
+}
+
 func TestFindStrays(t *testing.T) {
 	known := &fakeUnfinished{
 		sessions: []session.Session{{ID: "1", Sandbox: "s-1"}, {ID: "2", Sandbox: "s-2"}},
@@ -41,15 +65,15 @@ func TestFindStrays(t *testing.T) {
 			{ID: "4", Sandbox: "e-4"},
 		},
 	}
-	strays, err := findStrays(t.Context(), newFakeEngine("s-1", "s-2", "s-3", "s-4", "e-1", "e-2", "trial-x"), known)
-	if err != nil || fmt.Sprint(strays) != "[e-2 s-3 s-4 trial-x]" {
+	strays, err := findStrays(t.Context(), engines.Set{newFakeEngine("s-1", "s-2", "s-3", "s-4", "e-1", "e-2", "trial-x")}, known, discard())
+	if err != nil || fmt.Sprint(names(strays)) != "[e-2 s-3 s-4 trial-x]" {
 		t.Errorf("%v, %v", strays, err)
 	}
-	if strays, err := findStrays(t.Context(), newFakeEngine(), known); err != nil || len(strays) != 0 {
+	if strays, err := findStrays(t.Context(), engines.Set{newFakeEngine()}, known, discard()); err != nil || len(strays) != 0 {
 		t.Errorf("%v, %v", strays, err)
 	}
 	for _, broken := range []*fakeUnfinished{{sessionErr: errors.New("no")}, {executeErr: errors.New("no")}} {
-		if strays, err := findStrays(t.Context(), newFakeEngine("s-1"), broken); err == nil || strays != nil {
+		if strays, err := findStrays(t.Context(), engines.Set{newFakeEngine("s-1")}, broken, discard()); err == nil || strays != nil {
 			t.Errorf("without records %v are strays, %v", strays, err)
 		}
 	}
@@ -59,14 +83,14 @@ func TestEndStrays(t *testing.T) {
 	fake := newFakeEngine("a", "b", "c", "needed", "stuck", "broken")
 	fake.stuck["stuck"], fake.broken["broken"] = true, true
 	logs := &syncBuffer{}
-	endStrays(t.Context(), fake, []string{"a", "stuck", "b", "gone", "broken", "c"}, slog.New(slog.NewTextHandler(logs, nil)))
+	endStrays(t.Context(), straysOf(fake, "a", "stuck", "b", "gone", "broken", "c"), slog.New(slog.NewTextHandler(logs, nil)))
 	if fmt.Sprint(fake.gone()) != "[a b c]" {
 		t.Errorf("ended %v", fake.gone())
 	}
 	for _, want := range []string{
-		`msg="ended a sandbox that nobody needs" sandbox=a processes=1`,
-		`sandbox=stuck error="it does not die"`,
-		`sandbox=broken error="open it: the pipe is broken"`,
+		`msg="ended a sandbox that nobody needs" sandbox=a engine=fake processes=1`,
+		`sandbox=stuck engine=fake error="it does not die"`,
+		`sandbox=broken engine=fake error="open it: the pipe is broken"`,
 	} {
 		if !strings.Contains(logs.String(), want) {
 			t.Errorf("the log lacks %q:\n%s", want, logs)
@@ -78,7 +102,7 @@ func TestEndStraysIsInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	fake := newFakeEngine("a")
-	endStrays(ctx, fake, []string{"a"}, discard())
+	endStrays(ctx, straysOf(fake, "a"), discard())
 	if len(fake.gone()) != 0 {
 		t.Errorf("ended %v", fake.gone())
 	}
@@ -90,7 +114,7 @@ func TestSweepAtAStop(t *testing.T) {
 	cancel()
 	for onStop, want := range map[configv1.OnStop]string{configv1.OnStop_ON_STOP_KEEP: "[]", configv1.OnStop_ON_STOP_TERMINATE: "[a b]"} {
 		fake := newFakeEngine("a", "b")
-		d := &Daemon{log: discard(), settings: &configv1.Config{OnStop: onStop}, engine: fake, strays: []string{"a", "b"}}
+		d := &Daemon{log: discard(), settings: &configv1.Config{OnStop: onStop}, engines: engines.Set{fake}, strays: straysOf(fake, "a", "b")}
 		d.sweep(stopped)
 		if fmt.Sprint(fake.gone()) != want {
 			t.Errorf("%v: ended %v, want %s", onStop, fake.gone(), want)
