@@ -76,10 +76,10 @@ func TestGuests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.guest(one) != p.guest(one) || p.guest(one) == p.guest(other) {
+	before := p.guest(one)
+	if p.guest(one) != before || p.guest(other) == before {
 		t.Error("not one client for each")
 	}
-	before := p.guest(one)
 	if _, err := before.Info(t.Context()); err != nil {
 		t.Error(err)
 	}

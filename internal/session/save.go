@@ -22,8 +22,6 @@ const (
 	savedTTL = 30 * 24 * time.Hour
 )
 
-var errEnding = errors.New("the session ends")
-
 // wipRef is where the unfinished work of a session is put at a remote.
 func wipRef(id string) string { return "refs/heads/wip/" + id }
 
