@@ -67,6 +67,14 @@ func (e *fakeEngine) Create(_ context.Context, spec engine.Spec) (engine.Sandbox
 	return sb, nil
 }
 
+// named is a fakeEngine under another name.
+type named struct {
+	*fakeEngine
+	name string
+}
+
+func (n named) Name() string { return n.name }
+
 func (e *fakeEngine) Open(_ context.Context, id string) (engine.Sandbox, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/engine"
@@ -119,5 +121,65 @@ func TestSweepAtAStop(t *testing.T) {
 		if fmt.Sprint(fake.gone()) != want {
 			t.Errorf("%v: ended %v, want %s", onStop, fake.gone(), want)
 		}
+	}
+}
+
+// TestStraysOfSeveralEngines looks at each engine; one that does not answer keeps nobody
+// from starting.
+func TestStraysOfSeveralEngines(t *testing.T) {
+	known := &fakeUnfinished{executions: []execution.Execution{{ID: "1", Sandbox: "e-1", Engine: "far"}}}
+	far := named{newFakeEngine("e-1", "e-2"), "far"}
+	silent := named{newFakeEngine("e-3"), "silent"}
+	silent.listErr = errors.New("no route to it")
+	logs := &syncBuffer{}
+	strays, err := findStrays(t.Context(), engines.Set{newFakeEngine("s-9"), far, silent}, known, slog.New(slog.NewTextHandler(logs, nil)))
+	if err != nil || fmt.Sprint(names(strays)) != "[s-9 far/e-2]" {
+		t.Errorf("%v, %v", names(strays), err)
+	}
+	if !strings.Contains(logs.String(), "no route to it") || !strings.Contains(logs.String(), "engine=silent") {
+		t.Errorf("the log has %s", logs)
+	}
+}
+
+// TestSweepAgain ends what was left behind when it is found twice, and nothing that
+// somebody may still need: what a session is about to move to, what the pool keeps, what an
+// image is built in.
+func TestSweepAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fake := newFakeEngine("e-01a", "e-01b", "s-01c", "s-01d-2", "w-01e", "b-01f", "s-01g")
+		known := &fakeUnfinished{
+			executions: []execution.Execution{{ID: "01b", Sandbox: "e-01b"}},
+			sessions:   []session.Session{{ID: "01d", Sandbox: "s-01d"}},
+		}
+		d := &Daemon{log: discard(), settings: &configv1.Config{}, engines: engines.Set{fake}, known: known}
+		ctx, cancel := context.WithCancel(t.Context())
+		goRun(t, func() { d.sweep(ctx) })
+		time.Sleep(sweepInterval + time.Second)
+		if len(fake.gone()) != 0 {
+			t.Errorf("found once, and ended: %v", fake.gone())
+		}
+		// Somebody ends one of them in time.
+		fake.mu.Lock()
+		delete(fake.sandboxes, "s-01g")
+		fake.mu.Unlock()
+		time.Sleep(sweepInterval)
+		if fmt.Sprint(fake.gone()) != "[e-01a s-01c]" {
+			t.Errorf("ended %v", fake.gone())
+		}
+		cancel()
+	})
+}
+
+// TestServerInfoOfAnEngineThatIsSilent tells of the others all the same.
+func TestServerInfoOfAnEngineThatIsSilent(t *testing.T) {
+	silent := newFakeEngine("a")
+	silent.listErr = errors.New("no route to it")
+	if got := describe(t.Context(), named{newFakeEngine("a", "b"), "well"}); got.Name != "well" || got.Sandboxes != 2 {
+		t.Errorf("%+v", got)
+	}
+	got := describe(t.Context(), silent)
+	last := got.Capabilities[len(got.Capabilities)-1]
+	if last.Name != "sandboxes" || last.Available || !strings.Contains(last.Detail, "no route to it") || !strings.Contains(last.Remedy, "doctor --engine fake") {
+		t.Errorf("%+v", got)
 	}
 }
