@@ -110,6 +110,21 @@ func rules() []rule {
 			why:  "an engine makes a box and hands over a pipe: it knows nothing of commands, sessions or requests",
 		},
 		{
+			of:   []string{"./internal/engine/modal"},
+			ours: []string{"./internal/engine", "./internal/fault", "./internal/guest/wire", "./internal/guest/mux", "./gen/harvest/guest/..."},
+			why:  "an engine makes a box and hands over a pipe: it knows nothing of commands, sessions or requests",
+		},
+		{
+			of:   []string{"./internal/engine/modal/modaldoctor"},
+			ours: []string{"./internal/engine"},
+			why:  "it looks at what is at Modal, whether or not there is an engine",
+		},
+		{
+			of:   []string{"./internal/engine/engines"},
+			ours: []string{"./internal/engine", "./internal/fault"}, modules: []string{},
+			why: "it chooses between engines by their names, whatever they are",
+		},
+		{
 			of:   []string{"./internal/engine/modal/modaltest/..."},
 			ours: []string{"./internal/engine/local/hostimage", "./internal/lifecycle"},
 			why:  "the fake of Modal speaks Modal's wire: what it shared with the engine that it tests would be right or wrong in both",
@@ -118,11 +133,6 @@ func rules() []rule {
 			of:    []string{"./cmd/..."},
 			never: []string{"./internal/engine/modal/modaltest/..."},
 			why:   "no fake is in what is installed",
-		},
-		{
-			of:   []string{"./internal/engine/modal"},
-			ours: []string{"./internal/engine", "./internal/fault", "./internal/guest/wire", "./internal/guest/mux", "./gen/harvest/guest/..."},
-			why:  "an engine makes a box and hands over a pipe: it knows nothing of commands, sessions or requests",
 		},
 		{
 			of:   []string{"./internal/engine/enginetest/..."},

@@ -13,15 +13,11 @@ import (
 
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/egress"
-	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/image"
 	"github.com/harvest-run/executord/internal/image/base"
 	"github.com/harvest-run/executord/internal/journal"
 	"github.com/harvest-run/executord/internal/store"
 )
-
-// localEngine is the name of the engine whose sandboxes see the host's /usr.
-const localEngine = "local"
 
 // openImages makes the image service and lets it recover.
 func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store, network *egress.Gateway) (*image.Service, error) {
@@ -30,7 +26,7 @@ func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store, netw
 		return nil, err
 	}
 	images, err := image.New(image.Config{
-		Engines: []engine.Engine{d.engine}, Network: network, Store: st,
+		Engines: d.engines, Network: network, Store: st,
 		Recipes:   map[string]func(string) (image.Recipe, error){base.Name: source.recipe},
 		Dir:       filepath.Join(c.Settings.GetStateDir(), "builds"),
 		CheckRoom: d.disk.Check, Logger: c.Logger,
@@ -72,8 +68,8 @@ func (c Config) baseConfig() (*baseSource, error) {
 func (s *baseSource) recipe(engine string) (image.Recipe, error) {
 	cfg := s.cfg
 	// Elsewhere the processor is not known.
-	cfg.NoAVX2 = engine != localEngine || !cpu.X86.HasAVX2
-	if engine == localEngine {
+	cfg.NoAVX2 = engine != localName || !cpu.X86.HasAVX2
+	if engine == localName {
 		status, err := os.ReadFile(s.status)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // a host without dpkg
 			return image.Recipe{}, fmt.Errorf("read what is installed on the host: %w", err)

@@ -38,7 +38,7 @@ func newProvisioner(t *testing.T, named ...string) *Provisioner {
 		t.Fatal(err)
 	}
 	p := New(Config{
-		Engine: "local", Images: images{}, Secrets: source, Plain: true,
+		Images: images{}, Secrets: source, Plain: true,
 		Identity: session.Identity{Name: "Dev", Email: "dev@x"}, Model: session.Model{Provider: "anthropic", Model: "m"},
 	})
 	t.Cleanup(func() { p.Close() })
@@ -49,7 +49,7 @@ func TestResolve(t *testing.T) {
 	p := newProvisioner(t)
 	var told []string
 	for name, want := range map[string]engine.ImageRef{"": "local/base", "mine": "local/mine"} {
-		ref, err := p.Resolve(t.Context(), name, func(text string) { told = append(told, text) })
+		ref, err := p.Resolve(t.Context(), "local", name, func(text string) { told = append(told, text) })
 		if err != nil || ref != want {
 			t.Errorf("%q: %q, %v", name, ref, err)
 		}
@@ -58,7 +58,7 @@ func TestResolve(t *testing.T) {
 		t.Errorf("%q", told)
 	}
 	p.cfg.Images = images{errors.New("no")}
-	if _, err := p.Resolve(t.Context(), "", func(string) {}); err == nil {
+	if _, err := p.Resolve(t.Context(), "local", "", func(string) {}); err == nil {
 		t.Error("no error")
 	}
 }

@@ -44,7 +44,7 @@ func newHouse(t *testing.T, extra ...string) house {
 			t.Error(err)
 		}
 	})
-	network, err := egress.New(egress.Config{Max: engine.NetworkEgress, Capable: []engine.Network{engine.NetworkEgress}})
+	network, err := egress.New(egress.Config{Max: engine.NetworkEgress, Capable: map[string][]engine.Network{"local": {engine.NetworkEgress}}})
 	if err != nil {
 		t.Fatal(err)
 	}
