@@ -104,7 +104,9 @@ func TestFailures(t *testing.T) {
 		{Status: 429, Message: "slow down", RetryAfter: 2 * time.Second}, {After: 1}, {After: 1, Event: true, Message: "overloaded"},
 	}})
 	status, header, lines, _ := ask(t, s, "/messages", first)
-	var body struct{ Error struct{ Type, Message string } }
+	var body struct {
+		Error struct{ Type, Message string }
+	}
 	if err := json.Unmarshal([]byte(lines[0]), &body); err != nil {
 		t.Fatal(err)
 	}
