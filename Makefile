@@ -39,6 +39,16 @@ test: ## everything: prerequisites, generated code, lint, unit, conformance and 
 	scripts/test-tools
 	scripts/gotest ./...
 
+.PHONY: test-modal-fake
+test-modal-fake: build ## every end-to-end test that makes sense there with all sandboxes on a fake of Modal
+	EXECUTORD_E2E_MODAL=fake go test -count=1 -timeout 30m ./test/e2e
+
+.PHONY: test-modal
+test-modal: build ## the conformance suite and end-to-end tests against Modal itself; needs MODAL_TOKEN_ID and MODAL_TOKEN_SECRET
+	@test -n "$$MODAL_TOKEN_ID" -a -n "$$MODAL_TOKEN_SECRET" || { echo "set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET; docs/modal.md says how to get them" >&2; exit 1; }
+	EXECUTORD_TEST_MODAL=1 CGO_ENABLED=0 go test -count=1 -timeout 60m -v -run 'TestConformanceLive' ./internal/engine/modal
+	EXECUTORD_E2E_MODAL=real go test -count=1 -timeout 60m -v -run 'TestHello|TestBytes|TestFirstByte|TestResume|TestTimeout|TestCancel|TestStrays|TestReadOutput|TestKillWhileRunning|TestKillKeepsSessions|TestForwardedStdin|TestTerminal' ./test/e2e
+
 .PHONY: lint
 lint: ## go vet, golangci-lint, buf lint, buf breaking
 	go vet ./...
@@ -54,6 +64,10 @@ generate: ## generate gen/ from proto/
 .PHONY: check-generate
 check-generate: ## fail if gen/ is not what proto/ generates
 	scripts/check-generate $(BUF)
+
+.PHONY: test-registries
+test-registries: ## build the image base from Debian and npm, which downloads some 400 MB
+	go test -count=1 -timeout 30m -v -tags registries -run TestFromRegistries ./internal/image/base
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (30s) each

@@ -126,12 +126,12 @@ func (a *Attachment) Resize(rows, columns int) { a.in.resize(rows, columns) }
 func (a *Attachment) Committed() int64 { return a.in.taken() }
 
 // openAttached opens AttachExecution where the books and the inlet are.
-func (s *Stream) openAttached() (*attempt, error) {
+func (s *Stream) openAttached() (*attempt[*executorv1.Event], error) {
 	start := &executorv1.AttachStart{Name: s.name, HeartbeatInterval: s.beatEvery, Writer: s.inlet.writer, TakeOver: s.inlet.takeOver}
 	if s.books.sequence != 0 || s.books.epoch != "" {
 		start.After = s.books.cursor()
 	}
-	return s.open(s.limit(), func(ctx context.Context) (func() (*executorv1.Event, error), error) {
+	return open(s.within(), s.limit(), func(ctx context.Context) (func() (*executorv1.Event, error), error) {
 		stream, err := s.client.executor.AttachExecution(ctx)
 		if err != nil {
 			return nil, err

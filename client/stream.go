@@ -33,7 +33,7 @@ type Stream struct {
 
 	books   ledger
 	lost    outage
-	current *attempt
+	current *attempt[*executorv1.Event]
 	// first is the started event that Execute waited for and Recv has yet to return.
 	first *executorv1.Event
 	// inlet is the input of an attached Stream; nil of one that only reads.
@@ -48,9 +48,9 @@ type Stream struct {
 	whole  bool
 }
 
-// attempt is one open gRPC stream.
-type attempt struct {
-	recv   func() (*executorv1.Event, error)
+// attempt is one open gRPC stream of events.
+type attempt[E comparable] struct {
+	recv   func() (E, error)
 	ctx    func() context.Context
 	cancel context.CancelCauseFunc
 	alarm  *time.Timer
@@ -252,7 +252,7 @@ func (s *Stream) tryStart(request *executorv1.ExecuteRequest, again bool) (e *ex
 		limit = max(s.lost.left(), time.Second)
 	}
 	s.books = newLedger(nil)
-	s.current, err = s.open(limit, func(ctx context.Context) (func() (*executorv1.Event, error), error) {
+	s.current, err = open(s.within(), limit, func(ctx context.Context) (func() (*executorv1.Event, error), error) {
 		stream, err := s.client.executor.Execute(ctx, request)
 		if err != nil {
 			return nil, err
@@ -322,7 +322,7 @@ func (s *Stream) tryNext() (*executorv1.Event, error) {
 		if s.books.sequence != 0 || s.books.epoch != "" {
 			request.After = s.books.cursor()
 		}
-		a, err := s.open(s.limit(), func(ctx context.Context) (func() (*executorv1.Event, error), error) {
+		a, err := open(s.within(), s.limit(), func(ctx context.Context) (func() (*executorv1.Event, error), error) {
 			stream, err := s.client.executor.WatchExecution(ctx, request)
 			if err != nil {
 				return nil, err
@@ -345,8 +345,8 @@ func (s *Stream) tryNext() (*executorv1.Event, error) {
 func (s *Stream) limit() time.Duration { return max(s.lost.left(), time.Second) }
 
 // open makes an attempt. The call must return within the limit; 0 sets none.
-func (s *Stream) open(limit time.Duration, call func(context.Context) (func() (*executorv1.Event, error), error)) (*attempt, error) {
-	ctx, cancel := context.WithCancelCause(s.within())
+func open[E comparable](within context.Context, limit time.Duration, call func(context.Context) (func() (E, error), error)) (*attempt[E], error) {
+	ctx, cancel := context.WithCancelCause(within)
 	if limit > 0 {
 		alarm := time.AfterFunc(limit, func() { cancel(errUnreached) })
 		defer alarm.Stop()
@@ -359,12 +359,13 @@ func (s *Stream) open(limit time.Duration, call func(context.Context) (func() (*
 		cancel(ErrClosed)
 		return nil, err
 	}
-	return &attempt{recv: recv, ctx: func() context.Context { return ctx }, cancel: cancel}, nil
+	return &attempt[E]{recv: recv, ctx: func() context.Context { return ctx }, cancel: cancel}, nil
 }
 
 // next reads one event; after limit without one the attempt is over. 0 sets none.
 // The clock only runs while somebody waits: a slow reader is not a silent server.
-func (a *attempt) next(limit time.Duration) (*executorv1.Event, error) {
+func (a *attempt[E]) next(limit time.Duration) (E, error) {
+	var none E
 	if limit > 0 {
 		if a.alarm == nil {
 			a.alarm = time.AfterFunc(limit, func() { a.cancel(errSilent) })
@@ -375,21 +376,21 @@ func (a *attempt) next(limit time.Duration) (*executorv1.Event, error) {
 	}
 	e, err := a.recv()
 	switch {
-	case err == nil && e == nil:
-		return nil, fmt.Errorf("%w: an empty message", ErrProtocol)
+	case err == nil && e == none:
+		return none, fmt.Errorf("%w: an empty message", ErrProtocol)
 	case err == nil:
 		return e, nil
 	case errors.Is(err, io.EOF):
-		return nil, errCutOff
+		return none, errCutOff
 	case context.Cause(a.ctx()) != nil:
-		return nil, context.Cause(a.ctx())
+		return none, context.Cause(a.ctx())
 	default:
-		return nil, err
+		return none, err
 	}
 }
 
 // close releases the attempt.
-func (a *attempt) close() { a.cancel(ErrClosed) }
+func (a *attempt[E]) close() { a.cancel(ErrClosed) }
 
 // finish reads the status behind the result, so that the server sees its stream end
 // well, and not for long: the result is what counts.

@@ -57,7 +57,7 @@ func TestDependencies(t *testing.T) {
 	}
 	allowed := []string{
 		"github.com/harvest-run/executord/cmd/executor-guest", "github.com/harvest-run/executord/internal/guest",
-		"github.com/harvest-run/executord/gen/harvest/guest/", "google.golang.org/protobuf/", "golang.org/x/sys/unix",
+		"github.com/harvest-run/executord/gen/harvest/guest/", "google.golang.org/protobuf/", "golang.org/x/sys/unix", "github.com/hashicorp/yamux",
 	}
 	for pkg := range strings.FieldsSeq(string(out)) {
 		ok := false

@@ -14,6 +14,9 @@ import (
 // Info knows the server as a whole. The daemon is meant.
 type Info interface {
 	ServerInfo(ctx context.Context) (ServerInfo, error)
+	// CheckEngine looks for what an engine needs that is not on this host. A fault
+	// FailedPrecondition (ENGINE_NOT_AVAILABLE) if there is no such engine.
+	CheckEngine(ctx context.Context, name string) ([]engine.Capability, error)
 }
 
 // ServerInfo is what GetServerInfo tells.
@@ -61,7 +64,14 @@ type adminService struct {
 }
 
 // GetServerInfo implements executorv1.AdminServiceServer.
-func (s *adminService) GetServerInfo(ctx context.Context, _ *executorv1.GetServerInfoRequest) (*executorv1.GetServerInfoResponse, error) {
+func (s *adminService) GetServerInfo(ctx context.Context, req *executorv1.GetServerInfoRequest) (*executorv1.GetServerInfoResponse, error) {
+	var checks []engine.Capability
+	if name := req.GetCheckEngine(); name != "" {
+		var err error
+		if checks, err = s.info.CheckEngine(ctx, name); err != nil {
+			return nil, err
+		}
+	}
 	info, err := s.info.ServerInfo(ctx)
 	if err != nil {
 		return nil, err
@@ -85,14 +95,21 @@ func (s *adminService) GetServerInfo(ctx context.Context, _ *executorv1.GetServe
 	}
 	for _, e := range info.Engines {
 		described := &executorv1.Engine{Name: e.Name, Isolation: e.Isolation, Sandboxes: int64(e.Sandboxes)}
-		for _, c := range e.Capabilities {
-			described.Capabilities = append(described.Capabilities, &executorv1.Capability{
-				Name: text(c.Name), Available: c.Available, Detail: text(c.Detail), Remedy: text(c.Remedy),
-			})
+		described.Capabilities = capabilitiesProto(e.Capabilities)
+		if e.Name == req.GetCheckEngine() {
+			described.Checks = capabilitiesProto(checks)
 		}
 		resp.Engines = append(resp.Engines, described)
 	}
 	return resp, nil
+}
+
+func capabilitiesProto(all []engine.Capability) []*executorv1.Capability {
+	var out []*executorv1.Capability
+	for _, c := range all {
+		out = append(out, &executorv1.Capability{Name: text(c.Name), Available: c.Available, Detail: text(c.Detail), Remedy: text(c.Remedy)})
+	}
+	return out
 }
 
 func admissionProto(a admission.Stats) *executorv1.Admission {

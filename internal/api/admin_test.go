@@ -9,6 +9,8 @@ import (
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/pool"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -56,5 +58,15 @@ func TestGetServerInfo(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+	// With the check of an engine that is asked for.
+	want.Engines[0].Checks = []*executorv1.Capability{{Name: "credentials", Detail: "none\uFFFD", Remedy: "get some"}}
+	got, err = b.admin.GetServerInfo(t.Context(), &executorv1.GetServerInfoRequest{CheckEngine: "local"})
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" || err != nil {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	_, err = b.admin.GetServerInfo(t.Context(), &executorv1.GetServerInfoRequest{CheckEngine: "moon"})
+	if status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("the check of an unknown engine: %v", err)
 	}
 }

@@ -587,6 +587,13 @@ type fakeInfo struct {
 
 func (f *fakeInfo) ServerInfo(context.Context) (ServerInfo, error) { return f.info, f.err }
 
+func (f *fakeInfo) CheckEngine(_ context.Context, name string) ([]engine.Capability, error) {
+	if name != "local" {
+		return nil, fault.New(fault.FailedPrecondition, "ENGINE_NOT_AVAILABLE", "there is no engine %q", name)
+	}
+	return []engine.Capability{{Name: "credentials", Detail: "none\xff", Remedy: "get some"}}, nil
+}
+
 // bench is a running server with fakes behind it and a client before it.
 type bench struct {
 	server     *Server

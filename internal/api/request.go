@@ -20,6 +20,8 @@ type startRequest interface {
 	GetLabels() map[string]string
 	GetDetachPolicy() *executorv1.DetachPolicy
 	GetNetwork() *executorv1.NetworkPolicy
+	GetEngine() string
+	GetPlacement() *executorv1.Placement
 }
 
 // newRequest turns a request into the domain's. What the rules of the protos cannot say
@@ -41,6 +43,8 @@ func newRequest(ctx context.Context, req startRequest) (execution.Request, error
 		Caller:        callerOf(ctx),
 		Policies:      policies,
 		Session:       session,
+		Engine:        req.GetEngine(),
+		Placement:     placementOf(req.GetPlacement()),
 		Command:       command,
 		Limits:        limitsOf(req.GetLimits()),
 		Network:       networkOf(req.GetNetwork()),
@@ -144,4 +148,8 @@ func cursorOf(c *executorv1.Cursor) *execution.Cursor {
 
 func limitsOf(l *executorv1.Limits) engine.Limits {
 	return engine.Limits{MemoryBytes: l.GetMemoryBytes(), CPUMillis: l.GetCpuMillis(), PIDs: l.GetPids(), DiskBytes: l.GetDiskBytes(), OpenFiles: l.GetOpenFiles()}
+}
+
+func placementOf(p *executorv1.Placement) engine.Placement {
+	return engine.Placement{GPU: p.GetGpu(), Regions: p.GetRegions(), Runtime: p.GetRuntime()}
 }

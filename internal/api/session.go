@@ -60,7 +60,7 @@ func (s *sessionService) CreateSession(ctx context.Context, req *executorv1.Crea
 		return nil, err
 	}
 	created, err := s.sessions.Create(ctx, session.Request{
-		Caller: callerOf(ctx), Limits: limitsOf(req.GetLimits()), Network: networkOf(req.GetNetwork()),
+		Caller: callerOf(ctx), Engine: req.GetEngine(), Placement: placementOf(req.GetPlacement()), Limits: limitsOf(req.GetLimits()), Network: networkOf(req.GetNetwork()),
 		Lifetime: lifetime, Labels: req.GetLabels(), Key: key,
 		Repositories: repositoriesOf(req.GetRepositories()), Agent: agent, Image: req.GetImage(),
 		Identity: session.Identity{Name: req.GetIdentity().GetName(), Email: req.GetIdentity().GetEmail()},
@@ -165,5 +165,9 @@ func (s *sessionService) TerminateSession(ctx context.Context, req *executorv1.T
 	if err != nil {
 		return nil, err
 	}
-	return &executorv1.TerminateSessionResponse{Session: sessionProto(ended)}, nil
+	answer := sessionProto(ended)
+	if err := s.withTurns(ctx, ended, answer); err != nil {
+		return nil, err
+	}
+	return &executorv1.TerminateSessionResponse{Session: answer}, nil
 }

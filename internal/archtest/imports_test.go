@@ -47,6 +47,16 @@ func rules() []rule {
 			why:   "the domain does not know how it is called, what its sandboxes are made of, or where it is kept",
 		},
 		{
+			of:   []string{"./internal/turn/..."},
+			ours: []string{"./internal/admission", "./internal/agent", "./internal/caller", "./internal/fault", "./internal/idempotency", "./internal/journal", "./internal/eventlog"},
+			why:  "turns know agents by their interface, and neither sessions nor sandboxes nor how they are called",
+		},
+		{
+			of:   []string{"./internal/agent"},
+			ours: []string{}, modules: []string{},
+			why: "what an agent is is made of plain types",
+		},
+		{
 			of:    []string{"./internal/api/..."},
 			never: []string{"./internal/engine/local/...", "./internal/store/...", "./internal/daemon/...", "./internal/config/..."},
 			why:   "the api translates between protos and the domain; it neither makes sandboxes nor keeps records",
@@ -65,7 +75,7 @@ func rules() []rule {
 		{
 			of:      []string{"./cmd/executor-guest/...", "./internal/guest/..."},
 			ours:    []string{"./internal/guest/...", "./gen/harvest/guest/..."},
-			modules: []string{"golang.org/x/sys/...", "google.golang.org/protobuf/..."},
+			modules: []string{"golang.org/x/sys/...", "google.golang.org/protobuf/...", "github.com/hashicorp/yamux"},
 			why:     "the guest is in every sandbox: what it links costs start-up time and memory a thousand times over",
 		},
 		{
@@ -98,6 +108,31 @@ func rules() []rule {
 			of:   []string{"./internal/engine/local/..."},
 			ours: []string{"./internal/engine", "./internal/fault", "./internal/guest/wire", "./internal/guest/forkserver", "./gen/harvest/guest/...", "./internal/ext4"},
 			why:  "an engine makes a box and hands over a pipe: it knows nothing of commands, sessions or requests",
+		},
+		{
+			of:   []string{"./internal/engine/modal"},
+			ours: []string{"./internal/engine", "./internal/fault", "./internal/guest/wire", "./internal/guest/mux", "./gen/harvest/guest/..."},
+			why:  "an engine makes a box and hands over a pipe: it knows nothing of commands, sessions or requests",
+		},
+		{
+			of:   []string{"./internal/engine/modal/modaldoctor"},
+			ours: []string{"./internal/engine"},
+			why:  "it looks at what is at Modal, whether or not there is an engine",
+		},
+		{
+			of:   []string{"./internal/engine/engines"},
+			ours: []string{"./internal/engine", "./internal/fault"}, modules: []string{},
+			why: "it chooses between engines by their names, whatever they are",
+		},
+		{
+			of:   []string{"./internal/engine/modal/modaltest/..."},
+			ours: []string{"./internal/engine/local/hostimage", "./internal/lifecycle"},
+			why:  "the fake of Modal speaks Modal's wire: what it shared with the engine that it tests would be right or wrong in both",
+		},
+		{
+			of:    []string{"./cmd/..."},
+			never: []string{"./internal/engine/modal/modaltest/..."},
+			why:   "no fake is in what is installed",
 		},
 		{
 			of:   []string{"./internal/engine/enginetest/..."},
@@ -138,6 +173,21 @@ func rules() []rule {
 			of:    []string{"./internal/workspace/..."},
 			never: []string{"./internal/broker", "./internal/secret", "./internal/engine/...", "./internal/session/...", "./internal/execution/...", "./internal/store/...", "./gen/harvest/executor/...", "google.golang.org/grpc/..."},
 			why:   "what runs inside a sandbox is given no credentials, so it must not be able to come by one",
+		},
+		{
+			of:    []string{"./internal/image/..."},
+			never: []string{"./gen/harvest/executor/...", "google.golang.org/grpc/...", "./internal/engine/local/...", "./internal/api/...", "./internal/store/...", "./internal/session/...", "./internal/execution/..."},
+			why:   "an image is made on any engine, whoever needs it and however that is asked for",
+		},
+		{
+			of:   []string{"./internal/guestfiles"},
+			ours: []string{"./internal/guestclient", "./internal/guest/wire", "./gen/harvest/guest/..."},
+			why:  "it needs a guest and nothing else",
+		},
+		{
+			of:   []string{"./internal/agent/opencode/config"},
+			ours: []string{"./internal/guestfiles", "./internal/guestclient", "./internal/guest/wire", "./gen/harvest/guest/..."},
+			why:  "it makes files, wherever they go",
 		},
 		{
 			of:    []string{"./internal/eventlog/..."},

@@ -80,25 +80,35 @@ func serving(info *executorv1.GetServerInfoResponse) string {
 }
 
 func (a *app) doctorCommand() *cobra.Command {
+	var on string
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Check that the server is there and can do what it should",
 		Long: `Check that the server is there and what it can do on its host. Exits with 0 if
 nothing essential is missing: sandboxes, the limits of memory and processes, no
 network, and Python. What else is missing is refused by the server when it is asked
-for.`,
+for.
+
+With --engine, only of that engine; for one elsewhere also what it needs there:
+credentials, app, image, secrets. The server asks its provider, which takes seconds.`,
 		Args: none,
 	}
+	cmd.Flags().StringVar(&on, "engine", "", "check this engine, such as modal")
+	completeWith(cmd, "engine", "local", "modal")
 	cmd.RunE = a.call(func(ctx context.Context, c *client.Client, _ []string) error {
-		info, err := c.Admin().GetServerInfo(ctx, &executorv1.GetServerInfoRequest{})
+		info, err := c.Admin().GetServerInfo(ctx, &executorv1.GetServerInfoRequest{CheckEngine: on})
 		if client.Unavailable(err) {
-			return hinted{
-				fmt.Errorf("no executord answers at %s: %w", a.address, err),
-				"run executord doctor on its host, or start it: make up, or executord serve",
+			hint := "run executord doctor on its host, or start it: make up, or executord serve"
+			if on != "" {
+				hint = "run executord doctor --engine " + on + " on its host, or start it: executord serve --engine " + on
 			}
+			return hinted{fmt.Errorf("no executord answers at %s: %w", a.address, err), hint}
 		}
 		if err != nil {
 			return fmt.Errorf("get the server's info: %w", err)
+		}
+		if on != "" {
+			info.Engines = slices.DeleteFunc(info.GetEngines(), func(e *executorv1.Engine) bool { return e.GetName() != on })
 		}
 		return a.diagnose(info)
 	})
@@ -110,6 +120,19 @@ for.`,
 // others down. For the rest the server has other ways, or refuses what needs them.
 func essential() []string {
 	return []string{"sandbox", "limit.memory", "limit.pids", "network.none", "language.python"}
+}
+
+// needed says whether an engine is of no use without something. An engine elsewhere has no
+// host of ours to protect from too many processes; what it makes itself when that is
+// needed may be missing.
+func needed(engine, name string, check bool) bool {
+	switch {
+	case check:
+		return name != "app" && name != "image"
+	case engine != "local" && name == "limit.pids":
+		return false
+	}
+	return slices.Contains(essential(), name)
 }
 
 // diagnose prints what is there and what is not. The error is exit status 1 if something
@@ -127,11 +150,11 @@ func (a *app) diagnose(info *executorv1.GetServerInfoResponse) error {
 	}
 	for _, e := range info.GetEngines() {
 		rows = append(rows, []string{"ok", "engine " + e.GetName(), "isolation " + e.GetIsolation()})
-		for _, c := range e.GetCapabilities() {
+		for i, c := range slices.Concat(e.GetChecks(), e.GetCapabilities()) {
 			state := "ok"
 			if !c.GetAvailable() {
 				state = "missing"
-				if slices.Contains(essential(), c.GetName()) {
+				if needed(e.GetName(), c.GetName(), i < len(e.GetChecks())) {
 					missing = append(missing, c.GetName())
 				}
 			}

@@ -126,7 +126,7 @@ hold the API key itself.`,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usagef("%s", err) })
 	root.AddCommand(
-		a.runCommand(), a.execCommand(), a.executionsCommand(), a.sessionCommand(), a.imageCommand(), a.adminCommand(), a.authCommand(), a.contextCommand(), a.doctorCommand(), a.versionCommand(),
+		a.runCommand(), a.execCommand(), a.executionsCommand(), a.sessionCommand(), a.promptCommand(), a.turnsCommand(), a.interactionsCommand(), a.shellCommand(), a.imageCommand(), a.adminCommand(), a.authCommand(), a.contextCommand(), a.doctorCommand(), a.versionCommand(),
 	)
 	return root
 }

@@ -142,6 +142,19 @@ func TestGolden(t *testing.T) {
 				info.Engines[0].Capabilities[0] = &executorv1.Capability{Name: "limit.memory", Detail: "no cgroup", Remedy: "run executord as root"}
 			})
 		}},
+		{name: "doctor_engine", line: "doctor --engine modal", prepare: func(s *clienttest.Server) {
+			s.SetInfo(func(info *executorv1.GetServerInfoResponse) {
+				info.Engines = append(info.Engines, &executorv1.Engine{
+					Name: "modal", Isolation: "gvisor",
+					Checks: []*executorv1.Capability{
+						{Name: "credentials", Available: true, Detail: "from MODAL_TOKEN_ID and MODAL_TOKEN_SECRET"},
+						{Name: "image", Detail: "debian:13-slim is not built yet", Remedy: "nothing to do"},
+						{Name: "harvest-github", Detail: "Modal has none such", Remedy: "modal create"},
+					},
+					Capabilities: []*executorv1.Capability{{Name: "limit.memory", Available: true, Detail: "by Modal"}, {Name: "limit.pids", Detail: "Modal has no such limit"}},
+				})
+			})
+		}},
 		{name: "doctor_no_engine", line: "doctor", prepare: func(s *clienttest.Server) {
 			s.SetInfo(func(info *executorv1.GetServerInfoResponse) { info.Engines = nil })
 		}},

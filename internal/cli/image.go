@@ -30,7 +30,7 @@ func imageColumns() columns[*executorv1.Image] {
 		row: func(i *executorv1.Image) []string {
 			state, built, size := "none", "", ""
 			if ready := i.GetReadyBuild(); ready != nil {
-				state, built, size = "ready", formatTime(ready.GetEndTime()), formatSize(ready.GetSizeBytes())
+				state, built, size = "ready", formatTime(ready.GetEndTime()), fmt.Sprintf("%d MiB", ready.GetSizeBytes()>>20)
 				if !i.GetCurrent() {
 					state = "outdated"
 				}

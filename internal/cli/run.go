@@ -107,6 +107,7 @@ func (a *app) runCommand() *cobra.Command {
 		flags    commandFlags
 		limits   limitFlags
 		network  networkFlags
+		place    placementFlags
 		language value[executorv1.Language]
 		file     string
 		session  string
@@ -136,12 +137,13 @@ line ~. leaves the execution, which goes on, and ~~ stands for ~.`,
 	flags.bind(cmd)
 	limits.bind(cmd)
 	network.bind(cmd)
+	place.bind(cmd)
 	cmd.Flags().Var(&language, "lang", "language of the code: python, bash or node (default python)")
 	cmd.Flags().StringVar(&file, "file", "", "run the code in this file")
 	cmd.Flags().StringVar(&session, "session", "", "run in this session's sandbox, not in a fresh one")
 	completeWith(cmd, "lang", "python", "bash", "node")
 	cmd.RunE = ownFailures(func(cmd *cobra.Command, args []string) error {
-		r := &executorv1.ExecuteRequest{Command: &executorv1.Command{}, Limits: limits.limits()}
+		r := &executorv1.ExecuteRequest{Command: &executorv1.Command{}, Limits: limits.limits(), Engine: place.engine, Placement: place.placement()}
 		if err := flags.fill(r, a.env); err != nil {
 			return err
 		}
@@ -152,6 +154,9 @@ line ~. leaves the execution, which goes on, and ~~ stands for ~.`,
 		if session != "" {
 			if r.Network != nil {
 				return usagef("--network, --allow and --session do not go together: a session's sandbox has its own network")
+			}
+			if r.Engine != "" || r.Placement != nil {
+				return usagef("--engine, --gpu, --region, --runtime and --session do not go together: a session's sandbox is where it is")
 			}
 			if r.Limits != nil {
 				return usagef("--limit-… and --session do not go together: a session's sandbox has its own limits")
@@ -310,7 +315,7 @@ func (a *app) execute(r *executorv1.ExecuteRequest, flags commandFlags) func(*co
 func (a *app) startDetached(ctx context.Context, c *client.Client, r *executorv1.ExecuteRequest) error {
 	e, err := c.Start(ctx, &executorv1.StartExecutionRequest{
 		Parent: r.GetParent(), Command: r.GetCommand(), Limits: r.GetLimits(), Network: r.GetNetwork(), OutputPolicy: r.GetOutputPolicy(), Labels: r.GetLabels(),
-		DetachPolicy: r.GetDetachPolicy(),
+		DetachPolicy: r.GetDetachPolicy(), Engine: r.GetEngine(), Placement: r.GetPlacement(),
 	})
 	if err != nil {
 		return err

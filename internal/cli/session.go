@@ -15,7 +15,7 @@ import (
 
 func (a *app) sessionCommand() *cobra.Command {
 	return group("session", "Create, list and end sessions: sandboxes that stay, with repositories and an agent", []string{"sessions"},
-		a.sessionCreate(), a.sessionList(), a.sessionGet(), a.sessionExtend(), a.sessionPause(), a.sessionResume(), a.sessionFork(),
+		a.sessionCreate(), a.sessionList(), a.sessionGet(), a.sessionWatch(), a.sessionExtend(), a.sessionPause(), a.sessionResume(), a.sessionFork(),
 		a.sessionDiff(), a.sessionTerminate())
 }
 
@@ -39,6 +39,7 @@ func sessionColumns() columns[*executorv1.Session] {
 func (a *app) sessionCreate() *cobra.Command {
 	var limits limitFlags
 	var network networkFlags
+	var place placementFlags
 	var labels []string
 	var noWait bool
 	var agent agentFlags
@@ -50,12 +51,13 @@ func (a *app) sessionCreate() *cobra.Command {
 	}, "name", "table", "json", "yaml", "jsonl")
 	limits.bind(cmd)
 	network.bind(cmd)
+	place.bind(cmd)
 	agent.bind(cmd, a.env)
 	cmd.Flags().Var(&lifetime, "lifetime", "how long it may live (default 1h)")
 	cmd.Flags().StringArrayVar(&labels, "label", nil, "label it, NAME=VALUE; may be repeated")
 	cmd.Flags().BoolVar(&noWait, "no-wait", false, "do not wait until its sandbox is ready")
 	cmd.RunE = a.call(func(ctx context.Context, c *client.Client, _ []string) error {
-		r := &executorv1.CreateSessionRequest{Limits: limits.limits()}
+		r := &executorv1.CreateSessionRequest{Limits: limits.limits(), Engine: place.engine, Placement: place.placement()}
 		if lifetime.given {
 			r.Lifetime = durationpb.New(lifetime.v)
 		}

@@ -145,9 +145,13 @@ func (f *agentFlags) credentials() (*executorv1.Credentials, error) {
 // parseRepo reads OWNER/NAME or a URL, with @BRANCH behind it or not.
 func parseRepo(text string, depth int32) *executorv1.Repository {
 	r := &executorv1.Repository{Url: text, Depth: depth}
-	// The @ of a user in a URL stands before its path.
-	if at := strings.LastIndex(text, "@"); at > 0 && at > strings.LastIndex(text, ":") && strings.Contains(text[:at], "/") && !strings.HasSuffix(text[:at], "//") {
-		r.Url, r.Branch = text[:at], text[at+1:]
+	// Where its path begins: the @ of a user stands before that.
+	path := max(strings.Index(text, ":"), 0)
+	if scheme := strings.Index(text, "://"); scheme >= 0 {
+		path = scheme + 3 + max(strings.Index(text[scheme+3:], "/"), 0)
+	}
+	if at := strings.LastIndex(text[path:], "@"); at > 0 {
+		r.Url, r.Branch = text[:path+at], text[path+at+1:]
 	}
 	return r
 }

@@ -32,6 +32,9 @@ func (l *loader) complete(in Input, env map[string]string) error {
 		}
 		l.check("output.default_retained_bytes", checkOutput(l.config.GetOutput()))
 		l.checkNetwork(l.config.GetNetwork())
+		l.completePool()
+		l.check("modal.outbound_cidrs", checkOutbound(l.config.GetModal()))
+		l.check("modal.dockerfile", checkDockerfile(l.config.GetModal().GetDockerfile()))
 		l.check("local.uid_count", checkIDs(l.config.GetLocal()))
 		l.check("local.cgroup_parent", checkCgroup(l.config.GetLocal().GetCgroupParent()))
 		l.check("local.extra_paths", checkExtraPaths(l.config.GetLocal().GetExtraPaths()))
@@ -187,6 +190,39 @@ func checkTools(dir string) error {
 		return nil
 	}
 	return checkExtraPaths([]string{dir})
+}
+
+// completePool turns the pool off where its sandboxes would cost money that nobody asked
+// for.
+func (l *loader) completePool() {
+	if l.config.GetEngine() == "modal" && l.origin("pool.size") == "default" {
+		l.config.Pool.Size = 0
+	}
+}
+
+func checkOutbound(modal *configv1.Modal) error {
+	if len(modal.GetOutboundCidrs()) > 0 && !modal.GetOpenNetwork() {
+		return errors.New("it has no effect without modal.open_network")
+	}
+	for _, text := range modal.GetOutboundCidrs() {
+		if prefix, err := netip.ParsePrefix(text); err != nil || !prefix.Addr().Is4() || prefix.Masked() != prefix {
+			return fmt.Errorf("%q is not an IPv4 prefix such as 192.0.2.0/24", text)
+		}
+	}
+	return nil
+}
+
+// checkDockerfile refuses what Modal's SDK would, when sandboxes are already wanted: there
+// is no context here to copy from.
+func checkDockerfile(commands []string) error {
+	for _, command := range commands {
+		verb, rest, _ := strings.Cut(strings.TrimSpace(command), " ")
+		copies := strings.EqualFold(verb, "COPY") && !strings.HasPrefix(strings.ToLower(strings.TrimSpace(rest)), "--from=")
+		if copies || strings.EqualFold(verb, "ADD") || strings.EqualFold(verb, "FROM") {
+			return fmt.Errorf("%q is not possible: commands that take files from here, and FROM, are not taken; modal.image says what the image begins with", command)
+		}
+	}
+	return nil
 }
 
 func isCleanPath(path string) bool { return filepath.IsAbs(path) && filepath.Clean(path) == path }

@@ -64,8 +64,11 @@ func defaults() *configv1.Config {
 		Limits:       &configv1.Limits{MemoryBytes: 2 << 30, Pids: 1024},
 		Output:       &configv1.Output{DefaultRetainedBytes: 1 << 30, MaxRetainedBytes: 64 << 30},
 		Reflection:   true,
-		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094, BlankGuests: 3},
-		Tls:          &configv1.Tls{ClientAuth: configv1.Tls_CLIENT_AUTH_REQUEST},
+		Local:        &configv1.Local{UidBase: 1879048192, UidCount: 4094, BlankGuests: 3, Enabled: true},
+		Engine:       "local",
+		Modal: &configv1.Modal{App: "harvest-agent-executor", Image: "debian:13-slim", VolumeVersion: 2, Lifetime: durationpb.New(24 * time.Hour),
+			MaxSandboxes: 100, MaxCreatesPerMinute: 60, Secrets: []string{"harvest-github"}, IdleTimeout: durationpb.New(time.Hour)},
+		Tls: &configv1.Tls{ClientAuth: configv1.Tls_CLIENT_AUTH_REQUEST},
 		Auth: &configv1.Auth{Oidc: &configv1.Oidc{RoleClaim: "roles", Leeway: durationpb.New(30 * time.Second)},
 			Certificates: &configv1.Certificates{}, Quotas: &configv1.Quotas{}},
 		Network: &configv1.Network{DefaultMode: configv1.Network_MODE_NONE, MaxMode: configv1.Network_MODE_EGRESS},
@@ -113,6 +116,11 @@ func full() (map[string]string, *configv1.Config) {
 			"admission.max_running": "5", "admission.max_queued": "6", "admission.max_queue_wait": "7s", "admission.max_sandboxes": "8",
 			"pool.size": "3", "pool.max_age": "1h",
 			"retention.max_age": "0", "retention.max_total_bytes": "1GiB", "retention.min_free_bytes": "1048577",
+			"engine": "modal", "local.enabled": "false",
+			"modal.enabled": "true", "modal.app": "other", "modal.environment": "test", "modal.image": "alpine:3", "modal.dockerfile": "RUN true",
+			"modal.regions": "us-east", "modal.runtime": "vm", "modal.volume_version": "1", "modal.lifetime": "2h", "modal.max_sandboxes": "9",
+			"modal.max_creates_per_minute": "10", "modal.open_network": "true", "modal.outbound_cidrs": "192.0.2.0/24", "modal.secrets": "theirs",
+			"modal.idle_timeout": "0", "modal.exit_snapshots": "true",
 			"sessions.author_name": "Ann", "sessions.author_email": "ann@x", "sessions.model": "openai/gpt-x",
 			"broker.secrets": "github=env:GITHUB_TOKEN", "broker.private_upstreams": "10.0.0.1:443",
 			"images.debian_mirror": "http://mirror.example/d", "images.npm_registry": "https://npm.example", "images.allow": "10.0.0.1:8080",
@@ -125,6 +133,11 @@ func full() (map[string]string, *configv1.Config) {
 			Output: &configv1.Output{DefaultRetainedBytes: 2 << 20, MaxRetainedBytes: 3 << 20},
 			Local: &configv1.Local{UidBase: 131072, UidCount: 7, CgroupParent: "/a.slice",
 				ExtraPaths: []string{"/opt/a"}, BlankGuests: 9},
+			Engine: "modal",
+			Modal: &configv1.Modal{Enabled: true, App: "other", Environment: "test", Image: "alpine:3", Dockerfile: []string{"RUN true"},
+				Regions: []string{"us-east"}, Runtime: "vm", VolumeVersion: 1, Lifetime: durationpb.New(2 * time.Hour), MaxSandboxes: 9,
+				MaxCreatesPerMinute: 10, OpenNetwork: true, OutboundCidrs: []string{"192.0.2.0/24"}, Secrets: []string{"theirs"},
+				IdleTimeout: durationpb.New(0), ExitSnapshots: true},
 			Tls: &configv1.Tls{CertFile: "/t/cert", KeyFile: "/t/key", ClientCaFile: "/t/ca", ClientAuth: configv1.Tls_CLIENT_AUTH_REQUIRE},
 			Auth: &configv1.Auth{
 				Methods: []configv1.Auth_Method{configv1.Auth_METHOD_CERTIFICATE},
@@ -166,6 +179,8 @@ func company(name string) (env []string, other string) {
 		return nil, "RS512"
 	case "auth.quotas.running_executions", "auth.quotas.sessions", "auth.quotas.stored_bytes":
 		return []string{"EXECUTORD_AUTH_METHODS=api_key"}, ""
+	case "modal.outbound_cidrs":
+		return []string{"EXECUTORD_MODAL_OPEN_NETWORK=true"}, ""
 	case "images.allow", "images.packages":
 		return nil, "other"
 	}
@@ -254,7 +269,8 @@ func TestAllAtOnce(t *testing.T) {
 		env = append(env, f.variable()+"="+texts[f.name])
 	}
 	args[slices.Index(args, "--reflection")] = "--reflection=false"
-	args = slices.DeleteFunc(args, func(s string) bool { return s == "false" })
+	args[slices.Index(args, "--local-enabled")] = "--local-enabled=false"
+	args = slices.DeleteFunc(args, func(s string) bool { return s == "false" || s == "true" })
 	printed, err := Print(want)
 	if err != nil {
 		t.Fatal(err)
@@ -510,6 +526,29 @@ func TestBadValues(t *testing.T) {
 		{"retention.max_total_bytes", "1025TiB", "less than or equal to 1125899906842624"},
 		{"retention.min_free_bytes", "-1", "greater than or equal to 0"},
 		{"retention.min_free_bytes", "2TiB", "less than or equal to 1099511627776"},
+		{"engine", "docker", "must be in list"},
+		{"engine", "''", "must be in list"},
+		{"local.enabled", "yes", "neither true nor false"},
+		{"modal.enabled", "yes", "neither true nor false"},
+		{"modal.app", "''", "does not match regex"},
+		{"modal.app", "a b", "does not match regex"},
+		{"modal.environment", "a/b", "does not match regex"},
+		{"modal.image", "''", "at least 1"},
+		{"modal.dockerfile", "COPY a b", "commands that take files from here"},
+		{"modal.dockerfile", "add a b", "commands that take files from here"},
+		{"modal.dockerfile", "FROM scratch", "modal.image says what the image begins with"},
+		{"modal.regions", "us east", "does not match regex"},
+		{"modal.runtime", "runc", "must be in list"},
+		{"modal.volume_version", "3", "less than or equal to 2"},
+		{"modal.lifetime", "59s", "greater than or equal to 60s"},
+		{"modal.lifetime", "25h", "less than or equal to 86400s"},
+		{"modal.max_sandboxes", "0", "greater than or equal to 1"},
+		{"modal.max_creates_per_minute", "0", "greater than or equal to 1"},
+		{"modal.open_network", "1", "neither true nor false"},
+		{"modal.outbound_cidrs", "192.0.2.0/24", "no effect without modal.open_network"},
+		{"modal.secrets", "a b", "does not match regex"},
+		{"modal.idle_timeout", "-1s", "greater than or equal to 0s"},
+		{"modal.exit_snapshots", "on", "neither true nor false"},
 		{"images.debian_mirror", "ftp://x.example", "does not match"},
 		{"images.debian_mirror", "deb.example", "does not match"},
 		{"images.npm_registry", "https://me:secret@x.example", "does not match"},
@@ -551,6 +590,37 @@ func TestBadValues(t *testing.T) {
 	for _, f := range fields() {
 		if !tested[f.name] {
 			t.Errorf("no bad value of %s is tested", f.name)
+		}
+	}
+}
+
+// Sandboxes that are ready cost money at Modal: they are there only if they are asked for.
+func TestNoPoolAtModal(t *testing.T) {
+	for _, test := range []struct {
+		args []string
+		want uint32
+	}{
+		{nil, 2},
+		{[]string{"--modal-enabled"}, 2},
+		{[]string{"--engine=modal"}, 0},
+		{[]string{"--engine=modal", "--pool-size=2"}, 2},
+		{[]string{"--engine=modal", "--pool-max-age=1m"}, 0},
+	} {
+		if got := load(t, asRoot(test.args...)).GetPool().GetSize(); got != test.want {
+			t.Errorf("%v: pool of %d, want %d", test.args, got, test.want)
+		}
+	}
+}
+
+// Modal's credentials are never a part of the configuration, and so not of what is printed.
+func TestNoCredentials(t *testing.T) {
+	printed, err := Print(load(t, asRoot("--engine=modal").withEnv("MODAL_TOKEN_ID=ak-canary", "MODAL_TOKEN_SECRET=as-canary")))
+	if err != nil || strings.Contains(string(printed), "canary") {
+		t.Errorf("%v:\n%s", err, printed)
+	}
+	for _, f := range fields() {
+		if strings.Contains(f.name, "token") {
+			t.Errorf("there is a field %s", f.name)
 		}
 	}
 }
@@ -679,7 +749,7 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// No field that is a list has a default yet.
+// What a list has by default is gone when a layer names it.
 func TestFileReplacesListOfLayerBelow(t *testing.T) {
 	l := &loader{config: &configv1.Config{}, origins: make(map[string]string)}
 	l.set(named(t, "local.extra_paths"), "default", "/below")
@@ -710,8 +780,11 @@ func TestFieldNames(t *testing.T) {
 	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "auth-certificates-admins", "auth-certificates-operators", "auth-certificates-users", "auth-methods",
 		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
 		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
-		"broker-private-upstreams", "broker-secrets", "config", "drain-timeout", "help", "images-allow", "images-debian-mirror", "images-npm-registry", "images-packages", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
-		"local-blank-guests", "local-cgroup-parent", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
+		"broker-private-upstreams", "broker-secrets", "config", "drain-timeout", "engine", "help", "images-allow", "images-debian-mirror", "images-npm-registry", "images-packages", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
+		"local-blank-guests", "local-cgroup-parent", "local-enabled", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
+		"modal-app", "modal-dockerfile", "modal-enabled", "modal-environment", "modal-exit-snapshots", "modal-idle-timeout", "modal-image", "modal-lifetime",
+		"modal-max-creates-per-minute", "modal-max-sandboxes", "modal-open-network", "modal-outbound-cidrs", "modal-regions", "modal-runtime",
+		"modal-secrets", "modal-volume-version",
 		"network-default-allow", "network-default-mode", "network-denied-cidrs", "network-max-mode", "network-nameserver", "on-stop",
 		"output-default-retained-bytes", "output-max-retained-bytes", "pool-max-age", "pool-size", "reflection",
 		"retention-max-age", "retention-max-total-bytes", "retention-min-free-bytes",
@@ -754,6 +827,7 @@ local:
     - /opt/a b
     - '/opt/ü: #'
   blank_guests: 3
+  enabled: true
 tls:
   cert_file: ""
   key_file: ""
@@ -796,6 +870,25 @@ retention:
   max_age: 168h0m0s
   max_total_bytes: 32GiB
   min_free_bytes: 64MiB
+engine: local
+modal:
+  enabled: false
+  app: harvest-agent-executor
+  environment: ""
+  image: debian:13-slim
+  dockerfile: []
+  regions: []
+  runtime: ""
+  volume_version: 2
+  lifetime: 24h0m0s
+  max_sandboxes: 100
+  max_creates_per_minute: 60
+  open_network: false
+  outbound_cidrs: []
+  secrets:
+    - harvest-github
+  idle_timeout: 1h0m0s
+  exit_snapshots: false
 broker:
   secrets: []
   private_upstreams: []

@@ -20,12 +20,9 @@ import (
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/broker"
 	"github.com/harvest-run/executord/internal/diskspace"
-	"github.com/harvest-run/executord/internal/egress"
-	"github.com/harvest-run/executord/internal/engine"
-	"github.com/harvest-run/executord/internal/engine/local"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/engine/pool"
 	"github.com/harvest-run/executord/internal/execution"
-	"github.com/harvest-run/executord/internal/guestbinary"
 	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/image"
 	"github.com/harvest-run/executord/internal/secret"
@@ -44,8 +41,8 @@ type Config struct {
 	// Settings are those that config.Load has checked.
 	Settings *configv1.Config
 	Logger   *slog.Logger
-	// OpenEngine makes the engine; nil makes the local one.
-	OpenEngine func(ctx context.Context, settings *configv1.Config, logger *slog.Logger) (engine.Engine, error)
+	// OpenEngines makes the engines; nil makes those that Settings name.
+	OpenEngines func(ctx context.Context, settings *configv1.Config, logger *slog.Logger) (engines.Set, error)
 }
 
 // Daemon is an executord that is ready to serve.
@@ -53,7 +50,7 @@ type Daemon struct {
 	log      *slog.Logger
 	settings *configv1.Config
 
-	engine     engine.Engine
+	engines    engines.Set
 	executions executions
 	sessions   sessions
 	pool       warmPool
@@ -64,13 +61,13 @@ type Daemon struct {
 	// requests are the requests that are remembered, for a time.
 	requests idempotency.Expirer
 	disk     *diskspace.Floor
-	network  *egress.Gateway
 	// broker adds credentials to requests of sandboxes; secrets are those that the operator
 	// named.
 	broker  *broker.Broker
 	secrets *secret.Source
-	// strays are sandboxes of an earlier time that nobody needs.
-	strays []string
+	// strays are sandboxes of an earlier time that nobody needs; known says what does.
+	strays []stray
+	known  unfinished
 	// cutOff ends the streams that are open.
 	cutOff context.CancelCauseFunc
 	opened closers
@@ -143,14 +140,16 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	}
 	d.keys = who.keys
 
-	open := c.OpenEngine
+	open := c.OpenEngines
 	if open == nil {
-		open = openLocal
+		open = openEngines
 	}
-	if d.engine, err = open(ctx, c.Settings, c.Logger); err != nil {
-		return nil, fmt.Errorf("prepare the engine: %w", err)
+	if d.engines, err = open(ctx, c.Settings, c.Logger); err != nil {
+		return nil, err
 	}
-	d.opened.add("engine", d.engine.Close)
+	for _, e := range d.engines {
+		d.opened.add("engine "+e.Name(), e.Close)
+	}
 
 	measured, err := telemetry.New(ctx, telemetry.Config{Version: version.String()})
 	if err != nil {
@@ -164,7 +163,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	allowed := admission.New(admissionConfig(c.Settings.GetAdmission()))
 	// It makes nothing before Run, and so nothing that could be taken for a stray.
 	ready := pool.New(pool.Config{
-		Engine: d.engine, Size: int(c.Settings.GetPool().GetSize()), MaxAge: c.Settings.GetPool().GetMaxAge().AsDuration(),
+		Engine: d.engines.Default(), Size: int(c.Settings.GetPool().GetSize()), MaxAge: c.Settings.GetPool().GetMaxAge().AsDuration(),
 		Busy: allowed.Saturated, Logger: c.Logger,
 	})
 	d.pool = ready
@@ -172,7 +171,8 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if d.strays, err = findStrays(ctx, d.engine, st); err != nil {
+	d.known = st
+	if d.strays, err = findStrays(ctx, d.engines, st, c.Logger); err != nil {
 		return nil, err
 	}
 	pageTokenKey, err := readKey(dir, pageTokenFile)
@@ -184,7 +184,7 @@ func (c Config) Complete(ctx context.Context) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.info = &serverInfo{
-		start: time.Now(), engine: d.engine, executions: domain.executions, sessions: domain.sessions, pool: ready, admission: allowed, disk: d.disk,
+		start: time.Now(), engines: d.engines, executions: domain.executions, sessions: domain.sessions, pool: ready, admission: allowed, disk: d.disk, settings: c.Settings,
 	}
 	shutdown, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
 	d.cutOff = cutOff
@@ -223,13 +223,12 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		return services{}, err
 	}
 	quotas := c.Settings.GetAuth().GetQuotas()
-	network, err := c.openNetwork(d.engine)
+	network, err := c.openNetwork(d.engines)
 	if err != nil {
 		return services{}, err
 	}
 	// Closed after those whose sandboxes it serves.
 	d.opened.add("network", network.Close)
-	d.network = network
 	turns, err := c.openTurns(d, st)
 	if err != nil {
 		return services{}, err
@@ -238,13 +237,13 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 		return services{}, err
 	}
 	d.opened.add("broker", d.broker.Close)
-	images, err := c.openImages(ctx, d, st)
+	images, err := c.openImages(ctx, d, st, network)
 	if err != nil {
 		return services{}, err
 	}
 	fitted := c.openProvision(d, images, network)
 	sessionService, err := session.New(session.Config{
-		Engine: d.engine, Store: st, Admission: allowed, Pool: ready, Network: network, Dir: filepath.Join(c.Settings.GetStateDir(), "sessions"),
+		Engines: d.engines, Store: st, Admission: allowed, Pool: ready, Network: network, Dir: filepath.Join(c.Settings.GetStateDir(), "sessions"),
 		Parts:       session.Parts{Images: fitted, Credentials: fitted, Workspace: fitted, Agents: fitted, Turns: turns},
 		MaxPerOwner: quotas.GetSessions(), CheckRoom: d.disk.Check, Logger: c.Logger,
 	})
@@ -254,7 +253,7 @@ func (c Config) openServices(ctx context.Context, d *Daemon, st *store.Store, me
 	output := c.Settings.GetOutput()
 	retention := c.Settings.GetRetention()
 	executionService, err := execution.New(execution.Config{
-		Engine: d.engine, Store: st, Sessions: sessionService, Admission: allowed, Pool: ready, Network: network,
+		Engines: d.engines, Store: st, Sessions: sessionService, Admission: allowed, Pool: ready, Network: network,
 		Dir:                  filepath.Join(c.Settings.GetStateDir(), "executions"),
 		DefaultRetainedBytes: output.GetDefaultRetainedBytes(),
 		MaxRetainedBytes:     output.GetMaxRetainedBytes(),
@@ -299,37 +298,6 @@ func admissionConfig(settings *configv1.Admission) admission.Config {
 		MaxRunning: int(settings.GetMaxRunning()), MaxSandboxes: int(settings.GetMaxSandboxes()),
 		MaxQueued: int(settings.GetMaxQueued()), MaxQueueWait: settings.GetMaxQueueWait().AsDuration(),
 	}
-}
-
-// openLocal makes the local engine.
-func openLocal(ctx context.Context, settings *configv1.Config, logger *slog.Logger) (engine.Engine, error) {
-	cfg, err := localConfig(settings, logger)
-	if err != nil {
-		return nil, err
-	}
-	return local.New(ctx, cfg)
-}
-
-func localConfig(settings *configv1.Config, logger *slog.Logger) (local.Config, error) {
-	guest, err := guestbinary.Bytes()
-	if err != nil {
-		return local.Config{}, err
-	}
-	limits := settings.GetLimits()
-	return local.Config{
-		StateDir:     settings.GetStateDir(),
-		Guest:        guest,
-		UIDBase:      settings.GetLocal().GetUidBase(),
-		UIDCount:     settings.GetLocal().GetUidCount(),
-		CgroupParent: settings.GetLocal().GetCgroupParent(),
-		Defaults: engine.Limits{
-			MemoryBytes: limits.GetMemoryBytes(), CPUMillis: limits.GetCpuMillis(), PIDs: limits.GetPids(),
-			DiskBytes: limits.GetDiskBytes(), OpenFiles: limits.GetOpenFiles(),
-		},
-		ExtraPaths: hostPaths(settings),
-		Blank:      int(settings.GetLocal().GetBlankGuests()),
-		Logger:     logger,
-	}, nil
 }
 
 // Addr is where the Daemon listens.

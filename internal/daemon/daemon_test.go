@@ -13,7 +13,7 @@ import (
 
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
-	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -90,7 +90,7 @@ func (r *running) createSession() string {
 func TestKeepAndTerminate(t *testing.T) {
 	fake := newFakeEngine("stray")
 	cfg := settings(t)
-	first := start(t, Config{Settings: cfg, OpenEngine: fake.open})
+	first := start(t, Config{Settings: cfg, OpenEngines: fake.open})
 	name := first.createSession()
 	if s := first.session(name); s.GetState() != executorv1.Session_STATE_RUNNING || s.GetLimits().GetPids() != 9 {
 		t.Fatalf("%v", s)
@@ -114,7 +114,7 @@ func TestKeepAndTerminate(t *testing.T) {
 	}
 
 	cfg.OnStop = configv1.OnStop_ON_STOP_TERMINATE
-	second := start(t, Config{Settings: cfg, OpenEngine: fake.open})
+	second := start(t, Config{Settings: cfg, OpenEngines: fake.open})
 	if s := second.session(name); s.GetState() != executorv1.Session_STATE_RUNNING {
 		t.Fatalf("after a restart: %v", s)
 	}
@@ -125,7 +125,7 @@ func TestKeepAndTerminate(t *testing.T) {
 		t.Errorf("a stop that terminates ended %v", fake.gone())
 	}
 
-	third := start(t, Config{Settings: cfg, OpenEngine: fake.open})
+	third := start(t, Config{Settings: cfg, OpenEngines: fake.open})
 	if s := third.session(name); s.GetState() != executorv1.Session_STATE_TERMINATED || s.GetEndReason() != executorv1.Session_END_REASON_SERVER_STOPPED {
 		t.Errorf("%v", s)
 	}
@@ -137,7 +137,7 @@ func TestKeepAndTerminate(t *testing.T) {
 func TestPageTokensSurviveARestart(t *testing.T) {
 	fake := newFakeEngine()
 	cfg := settings(t)
-	first := start(t, Config{Settings: cfg, OpenEngine: fake.open})
+	first := start(t, Config{Settings: cfg, OpenEngines: fake.open})
 	for range 2 {
 		first.createSession()
 	}
@@ -148,7 +148,7 @@ func TestPageTokensSurviveARestart(t *testing.T) {
 	if err := first.stop(); err != nil {
 		t.Fatal(err)
 	}
-	second := start(t, Config{Settings: cfg, OpenEngine: fake.open})
+	second := start(t, Config{Settings: cfg, OpenEngines: fake.open})
 	next, err := second.sessions.ListSessions(t.Context(), &executorv1.ListSessionsRequest{PageSize: 1, PageToken: page.GetNextPageToken()})
 	if err != nil || len(next.GetSessions()) != 1 || next.GetSessions()[0].GetName() == page.GetSessions()[0].GetName() {
 		t.Errorf("%v, %v", next, err)
@@ -234,15 +234,11 @@ func TestCompleteFails(t *testing.T) {
 		},
 		"engine": {
 			func(t *testing.T, c *Config, _ *fakeEngine) {
-				c.OpenEngine = func(context.Context, *configv1.Config, *slog.Logger) (engine.Engine, error) {
+				c.OpenEngines = func(context.Context, *configv1.Config, *slog.Logger) (engines.Set, error) {
 					return nil, errors.New("no namespaces")
 				}
 			},
-			"prepare the engine: no namespaces",
-		},
-		"list of sandboxes": {
-			func(_ *testing.T, _ *Config, e *fakeEngine) { e.listErr = errors.New("no such directory") },
-			"list sandboxes: no such directory",
+			"no namespaces",
 		},
 		"state directory is a file": {
 			func(t *testing.T, c *Config, _ *fakeEngine) {
@@ -278,7 +274,7 @@ func TestCompleteFails(t *testing.T) {
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			fake := newFakeEngine("s-1")
-			cfg := Config{Settings: settings(t), Logger: discard(), OpenEngine: fake.open}
+			cfg := Config{Settings: settings(t), Logger: discard(), OpenEngines: fake.open}
 			good := settings(t)
 			good.StateDir = cfg.Settings.StateDir
 			test.change(t, &cfg, fake)
@@ -301,7 +297,7 @@ func TestCompleteFails(t *testing.T) {
 			}
 			// Nothing holds the state directory any more.
 			fake.listErr = nil
-			d, err = Config{Settings: good, Logger: discard(), OpenEngine: fake.open}.Complete(t.Context())
+			d, err = Config{Settings: good, Logger: discard(), OpenEngines: fake.open}.Complete(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -315,10 +311,10 @@ func TestCompleteFails(t *testing.T) {
 func TestTwoDaemonsOnOneStateDirectory(t *testing.T) {
 	fake := newFakeEngine()
 	first := settings(t)
-	start(t, Config{Settings: first, OpenEngine: fake.open})
+	start(t, Config{Settings: first, OpenEngines: fake.open})
 	second := settings(t)
 	second.StateDir = first.StateDir
-	_, err := Config{Settings: second, Logger: discard(), OpenEngine: fake.open}.Complete(t.Context())
+	_, err := Config{Settings: second, Logger: discard(), OpenEngines: fake.open}.Complete(t.Context())
 	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("is in use by another executord (pid %d)", os.Getpid())) {
 		t.Errorf("%v", err)
 	}
@@ -326,7 +322,7 @@ func TestTwoDaemonsOnOneStateDirectory(t *testing.T) {
 
 func TestModes(t *testing.T) {
 	cfg := settings(t)
-	start(t, Config{Settings: cfg, OpenEngine: newFakeEngine().open})
+	start(t, Config{Settings: cfg, OpenEngines: newFakeEngine().open})
 	for path, want := range map[string]os.FileMode{
 		cfg.GetStateDir(): os.ModeDir | 0o700,
 		strings.TrimPrefix(cfg.GetListen(), "unix:"): os.ModeSocket | 0o600,
@@ -347,7 +343,7 @@ func TestDeadSocketIsReplaced(t *testing.T) {
 	}
 	l.SetUnlinkOnClose(false)
 	l.Close()
-	r := start(t, Config{Settings: cfg, OpenEngine: newFakeEngine().open})
+	r := start(t, Config{Settings: cfg, OpenEngines: newFakeEngine().open})
 	if _, err := r.admin.GetServerInfo(t.Context(), &executorv1.GetServerInfoRequest{}); err != nil {
 		t.Error(err)
 	}
@@ -362,7 +358,7 @@ func TestDeadSocketIsReplaced(t *testing.T) {
 func TestAnyPort(t *testing.T) {
 	cfg := settings(t)
 	cfg.Listen = "localhost:0"
-	r := start(t, Config{Settings: cfg, OpenEngine: newFakeEngine().open})
+	r := start(t, Config{Settings: cfg, OpenEngines: newFakeEngine().open})
 	if _, err := r.admin.GetServerInfo(t.Context(), &executorv1.GetServerInfoRequest{}); err != nil {
 		t.Error(err)
 	}
@@ -371,7 +367,7 @@ func TestAnyPort(t *testing.T) {
 func TestCompleteIsInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("stopped by SIGTERM")
-	cfg := Config{Settings: settings(t), Logger: discard(), OpenEngine: func(ctx context.Context, _ *configv1.Config, _ *slog.Logger) (engine.Engine, error) {
+	cfg := Config{Settings: settings(t), Logger: discard(), OpenEngines: func(ctx context.Context, _ *configv1.Config, _ *slog.Logger) (engines.Set, error) {
 		cancel(why)
 		<-ctx.Done()
 		return nil, context.Cause(ctx)

@@ -15,6 +15,7 @@ import (
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/local"
+	"github.com/harvest-run/executord/internal/engine/modal/modaldoctor"
 	"github.com/spf13/cobra"
 )
 
@@ -25,32 +26,52 @@ func essential() []string {
 	return []string{"sandbox", "limit.memory", "limit.pids", "network.none", "language.python"}
 }
 
-// doctor says what the local engine can do on this host, without a server. The exit
-// code is 1 if something essential is missing.
+// doctor says what the engines can do from this host, without a server. The exit code
+// is 1 if something essential is missing.
 func (p *program) doctor(cmd *cobra.Command, settings *configv1.Config) error {
 	// A trial that is interrupted still clears up.
 	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	found, err := probe(ctx, settings)
-	if err != nil {
-		p.code = exitFailed
-		return err
+	var found []engine.Capability
+	var missing []string
+	for _, name := range engineNames(settings) {
+		if name != localName {
+			checked := checkModal(ctx, settings)
+			missing = append(missing, lacking(checked, modaldoctor.Essential)...)
+			found = append(found, checked...)
+			continue
+		}
+		if settings.GetEngine() != localName {
+			continue // who asks for another one wants to know of that
+		}
+		probed, err := probe(ctx, settings)
+		if err != nil {
+			p.code = exitFailed
+			return err
+		}
+		missing = append(missing, lacking(probed, func(name string) bool { return slices.Contains(essential(), name) })...)
+		found = append(found, probed...)
 	}
 	if err := writeCapabilities(cmd.OutOrStdout(), found); err != nil {
 		p.code = exitFailed
 		return fmt.Errorf("write what was found: %w", err)
-	}
-	var missing []string
-	for _, c := range found {
-		if !c.Available && slices.Contains(essential(), c.Name) {
-			missing = append(missing, c.Name)
-		}
 	}
 	if len(missing) > 0 {
 		p.code = exitFailed
 		return fmt.Errorf("essential and missing: %s", strings.Join(missing, ", "))
 	}
 	return nil
+}
+
+// lacking are the essential ones of what is not there.
+func lacking(found []engine.Capability, essential func(name string) bool) []string {
+	var missing []string
+	for _, c := range found {
+		if !c.Available && essential(c.Name) {
+			missing = append(missing, c.Name)
+		}
+	}
+	return missing
 }
 
 // probe tries the engine in a directory of its own below the state directory: on the

@@ -16,6 +16,7 @@ import (
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/config"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/fault"
 	"go.uber.org/goleak"
 )
@@ -65,6 +66,14 @@ func (e *fakeEngine) Create(_ context.Context, spec engine.Spec) (engine.Sandbox
 	e.sandboxes[spec.ID] = sb
 	return sb, nil
 }
+
+// named is a fakeEngine under another name.
+type named struct {
+	*fakeEngine
+	name string
+}
+
+func (n named) Name() string { return n.name }
 
 func (e *fakeEngine) Open(_ context.Context, id string) (engine.Sandbox, error) {
 	e.mu.Lock()
@@ -146,8 +155,8 @@ func (s *fakeSandbox) Terminate(ctx context.Context) (engine.Remains, error) {
 }
 
 // open is an OpenEngine that always gives this engine.
-func (e *fakeEngine) open(context.Context, *configv1.Config, *slog.Logger) (engine.Engine, error) {
-	return e, nil
+func (e *fakeEngine) open(context.Context, *configv1.Config, *slog.Logger) (engines.Set, error) {
+	return engines.Set{e}, nil
 }
 
 // settings are those of a daemon on a socket in a directory of its own.

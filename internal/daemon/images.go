@@ -8,30 +8,27 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/cpu"
 
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/api"
 	"github.com/harvest-run/executord/internal/egress"
-	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/image"
 	"github.com/harvest-run/executord/internal/image/base"
 	"github.com/harvest-run/executord/internal/journal"
 	"github.com/harvest-run/executord/internal/store"
 )
 
-// localEngine is the name of the engine whose sandboxes see the host's /usr.
-const localEngine = "local"
-
 // openImages makes the image service and lets it recover.
-func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store) (*image.Service, error) {
+func (c Config) openImages(ctx context.Context, d *Daemon, st *store.Store, network *egress.Gateway) (*image.Service, error) {
 	source, err := c.baseConfig()
 	if err != nil {
 		return nil, err
 	}
 	images, err := image.New(image.Config{
-		Engines: []engine.Engine{d.engine}, Network: d.network, Store: st,
+		Engines: d.engines, Network: network, Store: st,
 		Recipes:   map[string]func(string) (image.Recipe, error){base.Name: source.recipe},
 		Dir:       filepath.Join(c.Settings.GetStateDir(), "builds"),
 		CheckRoom: d.disk.Check, Logger: c.Logger,
@@ -51,6 +48,8 @@ type baseSource struct {
 	cfg base.Config
 	// status is where the host's dpkg says what is installed.
 	status string
+	// extra are further directories of the host that local sandboxes see.
+	extra []string
 	// tools is where the host has what base installs; "" if it has not.
 	tools string
 }
@@ -65,7 +64,7 @@ func (c Config) baseConfig() (*baseSource, error) {
 		}
 		cfg.Allow = append(cfg.Allow, rule)
 	}
-	return &baseSource{cfg, "/var/lib/dpkg/status", settings.GetToolsDir()}, nil
+	return &baseSource{cfg, "/var/lib/dpkg/status", hostPaths(c.Settings), settings.GetToolsDir()}, nil
 }
 
 // hostPaths are the directories of the host that sandboxes see beside /usr.
@@ -80,18 +79,20 @@ func hostPaths(settings *configv1.Config) []string {
 // recipe is asked for each use: the host may have got new software since the last, and
 // then the image has to be another.
 func (s *baseSource) recipe(engine string) (image.Recipe, error) {
-	if s.tools != "" && engine == localEngine {
-		return base.Linked(s.tools)
+	if s.tools != "" && engine == localName {
+		return base.Linked(s.tools, strings.Join(s.extra, ":"))
 	}
 	cfg := s.cfg
 	// Elsewhere the processor is not known.
-	cfg.NoAVX2 = engine != localEngine || !cpu.X86.HasAVX2
-	if engine == localEngine {
+	cfg.NoAVX2 = engine != localName || !cpu.X86.HasAVX2
+	if engine == localName {
 		status, err := os.ReadFile(s.status)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) { // a host without dpkg
 			return image.Recipe{}, fmt.Errorf("read what is installed on the host: %w", err)
 		}
 		cfg.DpkgStatus = status
+		// An image has layers for each of them.
+		cfg.Key = strings.Join(s.extra, ":")
 	}
 	return base.Recipe(cfg)
 }

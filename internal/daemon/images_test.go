@@ -11,8 +11,8 @@ import (
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
-	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/engine/engines"
 )
 
 // TestImages builds the base image over the API: the network is opened, the steps are run,
@@ -29,8 +29,10 @@ func TestImages(t *testing.T) {
 		}
 	}}})
 	t.Cleanup(fake.Shutdown)
-	open := func(context.Context, *configv1.Config, *slog.Logger) (engine.Engine, error) { return fake, nil }
-	complete := Config{Settings: cfg, OpenEngine: open, Logger: discard()}
+	open := func(context.Context, *configv1.Config, *slog.Logger) (engines.Set, error) {
+		return engines.Set{fake}, nil
+	}
+	complete := Config{Settings: cfg, OpenEngines: open, Logger: discard()}
 	r := start(t, complete)
 	c, err := client.Dial(client.Config{Address: cfg.GetListen()})
 	if err != nil {
@@ -94,8 +96,12 @@ func TestBaseSource(t *testing.T) {
 	if other := hash("local"); without == with || with == other {
 		t.Error("the host's packages make no difference")
 	}
-	if hash("modal") != hash("modal") || hash("modal") == without {
-		t.Error("an image of another engine depends on this host, or not on the engine")
+	elsewhere := hash("modal")
+	if err := os.Remove(status); err != nil {
+		t.Fatal(err)
+	}
+	if hash("modal") != elsewhere || elsewhere == with {
+		t.Error("an image of another engine depends on this host's packages")
 	}
 	bad := settings(t)
 	bad.Images.Allow = []string{"1.2.3.4:0"}

@@ -48,7 +48,7 @@ func TestFirstKey(t *testing.T) {
 		Methods: []configv1.Auth_Method{configv1.Auth_METHOD_API_KEY}, Quotas: &configv1.Quotas{Sessions: 1},
 	}
 	logs := &syncBuffer{}
-	complete := Config{Settings: cfg, OpenEngine: newFakeEngine().open, Logger: slog.New(slog.NewTextHandler(logs, nil))}
+	complete := Config{Settings: cfg, OpenEngines: newFakeEngine().open, Logger: slog.New(slog.NewTextHandler(logs, nil))}
 	r := start(t, complete)
 	dial := func(key string) *client.Client {
 		c, err := client.Dial(client.Config{Address: cfg.GetListen(), TLS: &client.TLS{CAFile: ca.File, ServerName: "localhost"}, APIKey: key})
@@ -171,7 +171,7 @@ func TestBadCertificate(t *testing.T) {
 	cfg := settings(t)
 	cfg.Tls = &configv1.Tls{CertFile: "/nowhere/c", KeyFile: "/nowhere/k"}
 	engine := newFakeEngine()
-	if _, err := (Config{Settings: cfg, Logger: discard(), OpenEngine: engine.open}).Complete(t.Context()); err == nil || !strings.Contains(err.Error(), "prepare TLS: ") || engine.closed != 0 {
+	if _, err := (Config{Settings: cfg, Logger: discard(), OpenEngines: engine.open}).Complete(t.Context()); err == nil || !strings.Contains(err.Error(), "prepare TLS: ") || engine.closed != 0 {
 		t.Errorf("%v", err)
 	}
 }

@@ -15,7 +15,7 @@ import (
 
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	"github.com/harvest-run/executord/internal/config"
-	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/lifecycle"
 	"github.com/harvest-run/executord/internal/telemetry"
 	"github.com/harvest-run/executord/internal/version"
@@ -58,8 +58,8 @@ func (p *program) run(ctx context.Context, args []string, stdin io.Reader, stdou
 type program struct {
 	env    []string
 	stderr io.Writer
-	// openEngine is Config's.
-	openEngine func(ctx context.Context, settings *configv1.Config, logger *slog.Logger) (engine.Engine, error)
+	// openEngines is Config's.
+	openEngines func(ctx context.Context, settings *configv1.Config, logger *slog.Logger) (engines.Set, error)
 	// code is the exit code of the command, once it has run.
 	code int
 }
@@ -159,7 +159,7 @@ func (p *program) serve(cmd *cobra.Command, settings *configv1.Config) error {
 	main := lifecycle.Main{Name: "executord", Signals: signals, Stderr: p.stderr}
 	p.code = main.Run(cmd.Context(), func(ctx context.Context, _ *lifecycle.Group) error {
 		d, err := Config{
-			Settings: settings, Logger: newLogger(p.stderr, settings.GetLog()), OpenEngine: p.openEngine,
+			Settings: settings, Logger: newLogger(p.stderr, settings.GetLog()), OpenEngines: p.openEngines,
 		}.Complete(ctx)
 		if err != nil {
 			return err

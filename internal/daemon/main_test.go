@@ -86,7 +86,7 @@ func TestServe(t *testing.T) {
 		t.Run(format, func(t *testing.T) {
 			dir := t.TempDir()
 			stderr := &syncBuffer{}
-			p := &program{stderr: stderr, openEngine: newFakeEngine().open}
+			p := &program{stderr: stderr, openEngines: newFakeEngine().open}
 			code := make(chan int, 1)
 			goRun(t, func() {
 				code <- p.run(context.Background(), []string{

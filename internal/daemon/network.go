@@ -9,15 +9,19 @@ import (
 	"github.com/harvest-run/executord/internal/config"
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/engines"
 )
 
-// openNetwork makes the gateway of sandboxes to the network, as far as the engine and
+// openNetwork makes the gateway of sandboxes to the network, as far as the engines and
 // the settings have one.
-func (c Config) openNetwork(e engine.Engine) (*egress.Gateway, error) {
+func (c Config) openNetwork(all engines.Set) (*egress.Gateway, error) {
 	settings := c.Settings.GetNetwork()
 	cfg := egress.Config{
 		Default: egress.Policy{Mode: networkOf(settings.GetDefaultMode())}, Max: networkOf(settings.GetMaxMode()),
-		Capable: capable(e), Logger: c.Logger,
+		Capable: make(map[string][]engine.Network), Engine: all.Default().Name(), Logger: c.Logger,
+	}
+	for _, e := range all {
+		cfg.Capable[e.Name()] = capable(e)
 	}
 	for _, text := range settings.GetDefaultAllow() {
 		rule, err := egress.ParseRule(text)

@@ -36,7 +36,7 @@ func (e *fakeEngine) warm(t *testing.T) []string {
 func TestPoolIsDrained(t *testing.T) {
 	fake := newFakeEngine()
 	cfg := settings(t, "--pool-size=2")
-	first := start(t, Config{Settings: cfg, OpenEngine: fake.open})
+	first := start(t, Config{Settings: cfg, OpenEngines: fake.open})
 	eventually(t, func() bool { return len(fake.warm(t)) == 2 })
 	ready := fake.warm(t)
 	name := first.createSession()
@@ -55,7 +55,7 @@ func TestPoolIsDrained(t *testing.T) {
 	if len(left) != 1 || !slices.Contains(ready, left[0]) {
 		t.Fatalf("left: %v, ready were %v", left, ready)
 	}
-	second := start(t, Config{Settings: cfg, OpenEngine: fake.open})
+	second := start(t, Config{Settings: cfg, OpenEngines: fake.open})
 	if s := second.session(name); s.GetState() != executorv1.Session_STATE_RUNNING {
 		t.Errorf("%v", s)
 	}
@@ -71,7 +71,7 @@ func TestPoolIsDrained(t *testing.T) {
 // which does not touch what its own pool makes.
 func TestPoolOfTheDead(t *testing.T) {
 	fake := newFakeEngine("w-01arz3ndektsv4rrffq69g5fav", "w-01arz3ndektsv4rrffq69g5faw")
-	r := start(t, Config{Settings: settings(t, "--pool-size=2"), OpenEngine: fake.open})
+	r := start(t, Config{Settings: settings(t, "--pool-size=2"), OpenEngines: fake.open})
 	eventually(t, func() bool { return len(fake.gone()) == 2 && r.info().GetWarmPool().GetReady() == 2 })
 	if warm := fake.warm(t); len(warm) != 2 || slices.ContainsFunc(warm, func(id string) bool { return strings.HasPrefix(id, "w-01arz3") }) {
 		t.Errorf("%v", warm)
@@ -81,7 +81,7 @@ func TestPoolOfTheDead(t *testing.T) {
 // Sessions that are too many wait, and are woken by a stop.
 func TestSessionsWaitForAPlace(t *testing.T) {
 	fake := newFakeEngine()
-	r := start(t, Config{Settings: settings(t, "--admission-max-sandboxes=1"), OpenEngine: fake.open})
+	r := start(t, Config{Settings: settings(t, "--admission-max-sandboxes=1"), OpenEngines: fake.open})
 	name := r.createSession()
 	r.session(name)
 	var group sync.WaitGroup

@@ -59,7 +59,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return nil
 	})
 	parts.Go(d.pool.Run)
-	d.log.InfoContext(ctx, "ready", "address", d.listener.Addr().String(), "engine", d.engine.Name(),
+	d.log.InfoContext(ctx, "ready", "address", d.listener.Addr().String(), "engines", d.engines.Names(),
 		"executions", d.executions.Running(), "sessions", d.sessions.Running(), "strays", len(d.strays))
 	err := parts.Wait()
 	err = errors.Join(err, d.opened.close())

@@ -16,6 +16,7 @@ import (
 	configv1 "github.com/harvest-run/executord/gen/harvest/config/v1"
 	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 	"github.com/harvest-run/executord/internal/api"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/execution"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
@@ -196,7 +197,7 @@ func TestOrderOfStop(t *testing.T) {
 					keys:     idleKeys{},
 					log:      discard(),
 					settings: &configv1.Config{DrainTimeout: durationpb.New(test.drain), OnStop: test.onStop},
-					engine:   newFakeEngine(), executions: stepExecutions{service}, sessions: stepSessions{service},
+					engines:  engines.Set{newFakeEngine()}, executions: stepExecutions{service}, sessions: stepSessions{service},
 					requests: noRequests{}, pool: stepPool{service}, server: stepServer{service}, listener: bufconn.Listen(1), info: &serverInfo{},
 					cutOff: func(error) {
 						synctest.Wait() // GracefulStop began before it
@@ -358,7 +359,7 @@ func streamsAtStop(t *testing.T, onStop configv1.OnStop) {
 	d := &Daemon{
 		keys: idleKeys{},
 		log:  discard(), settings: &configv1.Config{DrainTimeout: durationpb.New(time.Minute), OnStop: onStop},
-		engine: newFakeEngine(), executions: executions, sessions: noSessions{},
+		engines: engines.Set{newFakeEngine()}, executions: executions, sessions: noSessions{},
 		requests: noRequests{}, pool: noPool{}, server: server, listener: listener, info: &serverInfo{}, cutOff: cutOff,
 	}
 	ctx, stop := context.WithCancel(t.Context())

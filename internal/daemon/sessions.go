@@ -103,7 +103,7 @@ func (c Config) openProvision(d *Daemon, images provision.Images, network *egres
 	settings := c.Settings.GetSessions()
 	provider, model, _ := strings.Cut(settings.GetModel(), "/")
 	made := provision.New(provision.Config{
-		Engine: d.engine.Name(), Images: images, Broker: d.broker, Network: network, Secrets: d.secrets,
+		Images: images, Broker: d.broker, Network: network, Secrets: d.secrets,
 		Identity: session.Identity{Name: settings.GetAuthorName(), Email: settings.GetAuthorEmail()},
 		Model:    session.Model{Provider: provider, Model: model},
 		Plain:    len(c.Settings.GetBroker().GetPrivateUpstreams()) > 0, Logger: c.Logger,

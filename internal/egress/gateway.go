@@ -31,8 +31,10 @@ type Config struct {
 	Default Policy
 	// Max is the most that may be asked for.
 	Max engine.Network
-	// Capable are the modes that the engine has.
-	Capable []engine.Network
+	// Capable are the modes that each engine has, by its name.
+	Capable map[string][]engine.Network
+	// Engine is the one that must have Default.
+	Engine string
 	// Denied are addresses that no policy can name.
 	Denied []netip.Prefix
 	// Resolver resolves names; nil as the host does.
@@ -71,17 +73,17 @@ func New(cfg Config) (*Gateway, error) {
 	g := &Gateway{
 		cfg: cfg, connections: make(chan struct{}, outlet.MaxAll), closing: make(chan struct{}), proxies: make(map[string]*Proxy),
 	}
-	if _, err := g.Decide(cfg.Default); err != nil {
+	if _, err := g.Decide(cfg.Engine, cfg.Default); err != nil {
 		return nil, fmt.Errorf("the default network policy: %w", err)
 	}
 	return g, nil
 }
 
-// Decide returns the policy that a sandbox gets whose maker asks for one; "" as its
+// Decide returns the policy that a sandbox on an engine gets whose maker asks for one; "" as its
 // mode asks for the default. Faults: Invalid, and FailedPrecondition with reason
 // NETWORK_NOT_ALLOWED by the operator or NETWORK_NOT_AVAILABLE here. A nil Gateway
 // gives no network.
-func (g *Gateway) Decide(asked Policy) (Policy, error) {
+func (g *Gateway) Decide(on string, asked Policy) (Policy, error) {
 	if err := asked.Validate(); err != nil {
 		return Policy{}, err
 	}
@@ -98,9 +100,9 @@ func (g *Gateway) Decide(asked Policy) (Policy, error) {
 		return Policy{}, fault.New(fault.FailedPrecondition, "NETWORK_NOT_ALLOWED",
 			"network %s is more than this executord gives out (%s); its operator can change that: --network-max-mode %s", asked.Mode, cfg.Max, asked.Mode).
 			With("max_mode", string(cfg.Max))
-	case asked.Mode != engine.NetworkNone && !slices.Contains(cfg.Capable, asked.Mode):
+	case asked.Mode != engine.NetworkNone && !slices.Contains(cfg.Capable[on], asked.Mode):
 		return Policy{}, fault.New(fault.FailedPrecondition, "NETWORK_NOT_AVAILABLE",
-			"the engine has no network %s on this host; executorctl doctor says why", asked.Mode)
+			"the engine %s has no network %s here; executorctl doctor says why", on, asked.Mode).With("engine", on)
 	}
 	return asked, nil
 }

@@ -12,7 +12,7 @@ import (
 )
 
 func TestDecide(t *testing.T) {
-	all := []engine.Network{engine.NetworkNone, engine.NetworkEgress, engine.NetworkHost}
+	all := map[string][]engine.Network{"fake": {engine.NetworkNone, engine.NetworkEgress, engine.NetworkHost}, "other": {engine.NetworkNone}}
 	some := egressTo("a.example")
 	for name, c := range map[string]struct {
 		cfg    Config
@@ -20,44 +20,57 @@ func TestDecide(t *testing.T) {
 		want   engine.Network
 		reason string
 	}{
-		"nothing said":             {Config{Max: engine.NetworkEgress, Capable: all}, Policy{}, engine.NetworkNone, ""},
-		"none":                     {Config{Max: engine.NetworkEgress, Capable: all}, None(), engine.NetworkNone, ""},
-		"egress":                   {Config{Max: engine.NetworkEgress, Capable: all}, some, engine.NetworkEgress, ""},
-		"host":                     {Config{Max: engine.NetworkHost, Capable: all}, Policy{Mode: engine.NetworkHost}, engine.NetworkHost, ""},
-		"another default":          {Config{Max: engine.NetworkEgress, Capable: all, Default: some}, Policy{}, engine.NetworkEgress, ""},
-		"none against the default": {Config{Max: engine.NetworkEgress, Capable: all, Default: some}, None(), engine.NetworkNone, ""},
-		"host, not allowed":        {Config{Max: engine.NetworkEgress, Capable: all}, Policy{Mode: engine.NetworkHost}, "", "NETWORK_NOT_ALLOWED"},
-		"egress, not allowed":      {Config{Max: engine.NetworkNone, Capable: all}, some, "", "NETWORK_NOT_ALLOWED"},
+		"nothing said":             {Config{Max: engine.NetworkEgress, Engine: "fake", Capable: all}, Policy{}, engine.NetworkNone, ""},
+		"none":                     {Config{Max: engine.NetworkEgress, Engine: "fake", Capable: all}, None(), engine.NetworkNone, ""},
+		"egress":                   {Config{Max: engine.NetworkEgress, Engine: "fake", Capable: all}, some, engine.NetworkEgress, ""},
+		"host":                     {Config{Max: engine.NetworkHost, Engine: "fake", Capable: all}, Policy{Mode: engine.NetworkHost}, engine.NetworkHost, ""},
+		"another default":          {Config{Max: engine.NetworkEgress, Engine: "fake", Capable: all, Default: some}, Policy{}, engine.NetworkEgress, ""},
+		"none against the default": {Config{Max: engine.NetworkEgress, Engine: "fake", Capable: all, Default: some}, None(), engine.NetworkNone, ""},
+		"host, not allowed":        {Config{Max: engine.NetworkEgress, Engine: "fake", Capable: all}, Policy{Mode: engine.NetworkHost}, "", "NETWORK_NOT_ALLOWED"},
+		"egress, not allowed":      {Config{Max: engine.NetworkNone, Engine: "fake", Capable: all}, some, "", "NETWORK_NOT_ALLOWED"},
 		"nothing is allowed":       {Config{}, some, "", "NETWORK_NOT_ALLOWED"},
-		"not of this engine":       {Config{Max: engine.NetworkHost, Capable: all[:2]}, Policy{Mode: engine.NetworkHost}, "", "NETWORK_NOT_AVAILABLE"},
-		"not valid":                {Config{Max: engine.NetworkHost, Capable: all}, egressTo("A"), "", "NETWORK_RULE"},
+		"not of this engine":       {Config{Max: engine.NetworkHost, Capable: map[string][]engine.Network{"fake": all["fake"][:2]}}, Policy{Mode: engine.NetworkHost}, "", "NETWORK_NOT_AVAILABLE"},
+		"not valid":                {Config{Max: engine.NetworkHost, Engine: "fake", Capable: all}, egressTo("A"), "", "NETWORK_RULE"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g, err := New(c.cfg)
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := g.Decide(c.asked)
+			got, err := g.Decide("fake", c.asked)
 			if got.Mode != c.want || fault.ReasonOf(err) != c.reason {
 				t.Errorf("%+v, %v", got, err)
 			}
 		})
 	}
-	if _, err := New(Config{Default: egressTo("A"), Max: engine.NetworkEgress, Capable: all}); err == nil {
+	if _, err := New(Config{Default: egressTo("A"), Max: engine.NetworkEgress, Engine: "fake", Capable: all}); err == nil {
 		t.Error("a default that is not valid is accepted")
 	}
-	if _, err := New(Config{Default: some, Capable: all}); err == nil {
+	if _, err := New(Config{Default: some, Engine: "fake", Capable: all}); err == nil {
 		t.Error("a default that is not allowed is accepted")
+	}
+	if _, err := New(Config{Default: some, Max: engine.NetworkEgress, Engine: "other", Capable: all}); fault.ReasonOf(err) != "NETWORK_NOT_AVAILABLE" {
+		t.Errorf("a default that the default engine does not have: %v", err)
+	}
+	// Each engine has its own.
+	g, err := New(Config{Max: engine.NetworkEgress, Engine: "fake", Capable: all})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for on, want := range map[string]string{"fake": "", "other": "NETWORK_NOT_AVAILABLE", "unknown": "NETWORK_NOT_AVAILABLE"} {
+		if _, err := g.Decide(on, some); fault.ReasonOf(err) != want {
+			t.Errorf("egress on %s: %v", on, err)
+		}
 	}
 }
 
 // Without a Gateway there is no network, and nobody has to ask whether there is one.
 func TestNoGateway(t *testing.T) {
 	var g *Gateway
-	if got, err := g.Decide(Policy{}); err != nil || got.Mode != engine.NetworkNone {
+	if got, err := g.Decide("fake", Policy{}); err != nil || got.Mode != engine.NetworkNone {
 		t.Errorf("%+v, %v", got, err)
 	}
-	if _, err := g.Decide(egressTo("a.example")); fault.ReasonOf(err) != "NETWORK_NOT_ALLOWED" {
+	if _, err := g.Decide("fake", egressTo("a.example")); fault.ReasonOf(err) != "NETWORK_NOT_ALLOWED" {
 		t.Error(err)
 	}
 	p, err := g.Open(t.Context(), nil, None())
@@ -80,7 +93,7 @@ func (box) Dial(context.Context) (net.Conn, error) {
 
 // A Proxy lives as long as its sandbox, and no longer than the Gateway.
 func TestLifeOfAProxy(t *testing.T) {
-	cfg := Config{Max: engine.NetworkHost, Capable: []engine.Network{engine.NetworkEgress, engine.NetworkHost}}
+	cfg := Config{Max: engine.NetworkHost, Capable: map[string][]engine.Network{"fake": {engine.NetworkEgress, engine.NetworkHost}}}
 	for _, policy := range []Policy{egressTo("a.example"), {Mode: engine.NetworkHost}} {
 		g, err := New(cfg)
 		if err != nil {

@@ -128,7 +128,7 @@ func start(t *testing.T, policy Policy, resolver Resolver, to string) *rig {
 	}
 	dialer := net.Dialer{}
 	gateway, err := New(Config{
-		Max: engine.NetworkEgress, Capable: []engine.Network{engine.NetworkEgress}, Resolver: resolver,
+		Max: engine.NetworkEgress, Engine: "fake", Capable: map[string][]engine.Network{"fake": {engine.NetworkEgress}}, Resolver: resolver,
 		Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
 			r.dialled.mu.Lock()

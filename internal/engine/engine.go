@@ -79,6 +79,12 @@ type Sandbox interface {
 	Terminate(ctx context.Context) (Remains, error)
 }
 
+// Explained is a Sandbox that may know why it ended, in words that include the provider's.
+type Explained interface {
+	// Ended is nil while the sandbox lives.
+	Ended() error
+}
+
 // Spec says which sandbox to make.
 type Spec struct {
 	// ID is chosen by the caller: 1 to 63 characters of a-z, 0-9 and "-".

@@ -1,5 +1,5 @@
-// Package eventlog keeps the events of one execution in a directory: append-only,
-// ordered, numbered from 1 without holes. One writer appends, any number of readers
+// Package eventlog keeps the events of one thing, such as an execution, in a directory:
+// append-only, ordered, numbered from 1 without holes. One writer appends, any number of readers
 // follow at their own pace; each reads the files (in practice the page cache) or, at
 // the log's end, shares a bounded piece of memory with the others, so that none of them
 // slows the writer down. What Append returned for survives kill -9

@@ -18,7 +18,8 @@ func needOf(e Execution) admission.Need {
 // sandbox that no record names is ended as a stray.
 func (r *run) claim() string {
 	// Those that are ready have a network of their own, which does for egress, too.
-	if r.session != "" || r.service.cfg.Pool == nil || r.record.Network.Mode == engine.NetworkHost {
+	if r.session != "" || r.service.cfg.Pool == nil || r.record.Network.Mode == engine.NetworkHost || !r.placement.IsZero() ||
+		!r.service.cfg.Engines.IsDefault(r.record.Engine) {
 		return r.record.Sandbox
 	}
 	if sandbox, ok := r.service.cfg.Pool.Claim(engine.Spec{Limits: r.record.Limits}); ok {

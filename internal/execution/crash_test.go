@@ -18,6 +18,7 @@ import (
 	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/idempotency"
 )
@@ -108,6 +109,8 @@ func (m *mortal) Sandbox(ctx context.Context, id string, _ caller.Caller) (engin
 	return m.Open(ctx, "s-"+id)
 }
 
+func (m *mortal) EngineOf(context.Context, string) (string, error) { return m.Name(), nil }
+
 // Began and Ended say nothing that matters here.
 func (m *mortal) Began(string, string)         {}
 func (m *mortal) Ended(string, string, string) {}
@@ -163,8 +166,8 @@ func (w *world) executord(at func(step string)) *executord {
 	w.t.Helper()
 	m := &mortal{Store: w.store, Engine: w.fake, at: at}
 	s, err := execution.New(execution.Config{
-		Pool:   claims{m, w.ready},
-		Engine: m, Store: m, Sessions: m, Dir: w.dir, DefaultRetainedBytes: 1 << 20, MaxRetainedBytes: 1 << 20,
+		Pool:    claims{m, w.ready},
+		Engines: engines.Set{m}, Store: m, Sessions: m, Dir: w.dir, DefaultRetainedBytes: 1 << 20, MaxRetainedBytes: 1 << 20,
 	})
 	if err != nil {
 		w.t.Fatal(err)

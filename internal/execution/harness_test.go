@@ -23,6 +23,7 @@ import (
 	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/filter"
@@ -249,6 +250,7 @@ func notFound(id string) error {
 type sessions struct {
 	mu      sync.Mutex
 	running map[string]engine.Sandbox
+	engine  string
 	hook    func() // called before Sandbox answers
 	// lifetime of all of them, and when it ends; 0 is one that does not matter.
 	lifetime time.Duration
@@ -267,6 +269,12 @@ func (s *sessions) Sandbox(_ context.Context, id string, _ caller.Caller) (engin
 		return sb, nil
 	}
 	return nil, fault.New(fault.FailedPrecondition, "SESSION_NOT_RUNNING", "session %q has ended", id)
+}
+
+func (s *sessions) EngineOf(context.Context, string) (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.engine, nil
 }
 
 func (s *sessions) Expiry(context.Context, string) (time.Time, time.Duration, error) {
@@ -347,7 +355,7 @@ func scripted(s enginefake.Script) enginefake.Config {
 func (r *rig) open() {
 	r.t.Helper()
 	cfg := execution.Config{
-		Engine: r.engine, Store: r.store, Sessions: r.sessions, Dir: r.dir, Pool: r.pool, Admission: r.admission,
+		Engines: engines.Set{r.engine}, Store: r.store, Sessions: r.sessions, Dir: r.dir, Pool: r.pool, Admission: r.admission,
 		DefaultRetainedBytes: 64 << 20, MaxRetainedBytes: 1 << 30, Quota: r.quota,
 		Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	}
@@ -387,7 +395,7 @@ func (r *rig) session(id string) engine.Sandbox {
 	}
 	r.sessions.mu.Lock()
 	defer r.sessions.mu.Unlock()
-	r.sessions.running[id] = sb
+	r.sessions.running[id], r.sessions.engine = sb, r.engine.Name()
 	return sb
 }
 

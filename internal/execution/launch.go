@@ -38,13 +38,14 @@ func (r *run) launch(ctx context.Context, command Command) *Result {
 func (r *run) makeSandbox(ctx context.Context) *Result {
 	making, cancel := r.interruptible(ctx)
 	defer cancel(nil)
-	var err error
-	if r.ordered() == nil {
+	on, err := r.engine()
+	if err == nil && r.ordered() == nil {
 		bounded, stop := context.WithTimeoutCause(making, sandboxTime, fmt.Errorf("no sandbox within %v", sandboxTime))
 		defer stop()
 		var sandbox engine.Sandbox
-		if sandbox, err = r.service.cfg.Engine.Create(bounded, engine.Spec{
-			ID: r.record.Sandbox, Limits: r.record.Limits, Network: r.record.Network.Mode,
+		if sandbox, err = on.Create(bounded, engine.Spec{
+			ID: r.record.Sandbox, Limits: r.record.Limits, Network: r.record.Network.Mode, Placement: r.placement,
+			Lifetime: r.lifetime(), Labels: r.record.Labels,
 		}); err == nil {
 			r.sandbox = sandbox
 			return nil
@@ -58,6 +59,12 @@ func (r *run) makeSandbox(ctx context.Context) *Result {
 	default:
 		return startFailed("no_sandbox", err)
 	}
+}
+
+// lifetime is how long a sandbox of its own may be wanted.
+func (r *run) lifetime() time.Duration {
+	command := r.record.Command.withDefaults()
+	return command.Timeout + *command.GracePeriod + guestSlack + sandboxTime
 }
 
 // meet gets to know the guest of the run's sandbox. In one that others use too, it

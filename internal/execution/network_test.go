@@ -16,7 +16,7 @@ import (
 func TestNetworkThatCannotBeHad(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r := newRig(t, enginefake.Config{})
-		gateway, err := egress.New(egress.Config{Max: engine.NetworkEgress, Capable: []engine.Network{engine.NetworkEgress}})
+		gateway, err := egress.New(egress.Config{Max: engine.NetworkEgress, Engine: "fake", Capable: map[string][]engine.Network{"fake": {engine.NetworkEgress}}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -16,7 +16,8 @@ import (
 // Recover takes up what an executord before this one left: what still runs is
 // followed on from the last byte in its log, what ended meanwhile is read out, and
 // what cannot be followed ends as SANDBOX_LOST. Nothing stays unfinished without a
-// run that leads it. Call it once, before anything else, and before the sessions
+// run that leads it, but for what is on an engine that is not configured any more, which
+// is left as it is. Call it once, before anything else, and before the sessions
 // recover: one whose lifetime is over then ends its executions in order.
 func (s *Service) Recover(ctx context.Context) error {
 	unfinished, err := s.cfg.Store.UnfinishedExecutions(ctx)
@@ -30,6 +31,12 @@ func (s *Service) Recover(ctx context.Context) error {
 	// taken for a leftover.
 	var resume []func()
 	for _, e := range unfinished {
+		if _, err := s.cfg.Engines.Get(e.Engine); err != nil {
+			// It may run to this hour, and its engine may be configured again. Who asks for
+			// it is told.
+			s.log.ErrorContext(ctx, "an unfinished execution is left alone", "execution", e.ID, "sandbox", e.Sandbox, "error", err)
+			continue
+		}
 		runCtx, r, err := s.recover(ctx, e)
 		if err != nil {
 			for _, r := range s.all(func(*run) bool { return true }) {
@@ -184,7 +191,7 @@ func (r *run) look(ctx context.Context) (engine.Sandbox, error) {
 	wait := guestRetry
 	for n := 1; ; n++ {
 		bounded, cancel := context.WithTimeoutCause(ctx, unreachable, fmt.Errorf("no answer within %v", unreachable))
-		sandbox, err := r.service.cfg.Engine.Open(bounded, r.record.Sandbox)
+		sandbox, err := r.open(bounded)
 		cancel()
 		if err == nil {
 			return sandbox, nil

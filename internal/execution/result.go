@@ -191,6 +191,15 @@ func stopped(o *stopOrder, res *Result) *Result {
 	return res
 }
 
+// whyEnded is what an engine knows of a sandbox's end, as it goes on in a sentence.
+func whyEnded(sb engine.Sandbox) string {
+	known, ok := sb.(engine.Explained)
+	if !ok || known.Ended() == nil {
+		return ""
+	}
+	return ": " + known.Ended().Error()
+}
+
 // lost is the result when the guest cannot be asked any more, or cannot be believed.
 // What became of the command is not known, unless it was being stopped anyway. nil
 // when the Service is closing.
@@ -205,7 +214,7 @@ func (r *run) lost(ctx context.Context, cause error) *Result {
 		// A session is also ended because its sandbox is gone; that is no order then.
 		stopped(order, res)
 	case gone:
-		res.Detail = "the sandbox ended; " + r.unknown()
+		res.Detail = "the sandbox ended" + whyEnded(r.sandbox) + "; " + r.unknown()
 	case r.overdue():
 		res.Reason = TimedOut
 		res.Detail = fmt.Sprintf("ran longer than its timeout of %v; the guest did not end it", r.record.Command.Timeout)

@@ -58,6 +58,8 @@ type run struct {
 	// launched is closed when the program runs; guest and sandbox stay as they are then.
 	launched chan struct{}
 	inlet    *inlet
+	// placement is that of a sandbox of its own that is to be made.
+	placement engine.Placement
 
 	audience *audience
 	blocked  atomic.Bool // it waits for watchers to read on
@@ -361,7 +363,7 @@ func (r *run) reopen(ctx context.Context) bool {
 	bounded, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), sandboxTime, fmt.Errorf("not found within %v", sandboxTime))
 	defer cancel()
 	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
-		sandbox, err := r.service.cfg.Engine.Open(bounded, r.record.Sandbox)
+		sandbox, err := r.open(bounded)
 		switch {
 		case err == nil:
 			r.sandbox = sandbox
@@ -373,6 +375,18 @@ func (r *run) reopen(ctx context.Context) bool {
 			return false
 		}
 	}
+}
+
+// engine is the one that its sandbox is on.
+func (r *run) engine() (engine.Engine, error) { return r.service.cfg.Engines.Get(r.record.Engine) }
+
+// open asks the engine for the sandbox.
+func (r *run) open(ctx context.Context) (engine.Sandbox, error) {
+	on, err := r.engine()
+	if err != nil {
+		return nil, err
+	}
+	return on.Open(ctx, r.record.Sandbox)
 }
 
 // terminate ends the sandbox, trying for a while: nothing may be left of it.

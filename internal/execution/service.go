@@ -15,6 +15,7 @@ import (
 	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/eventlog"
 	"github.com/harvest-run/executord/internal/ext4"
 	"github.com/harvest-run/executord/internal/fault"
@@ -29,6 +30,8 @@ type Sessions interface {
 	Sandbox(ctx context.Context, sessionID string, by caller.Caller) (engine.Sandbox, error)
 	// Expiry returns when the lifetime of a session ends, and how long it is as a whole.
 	Expiry(ctx context.Context, sessionID string) (time.Time, time.Duration, error)
+	// EngineOf names the engine of a session's sandbox.
+	EngineOf(ctx context.Context, sessionID string) (string, error)
 	// Began says that an execution runs in a session, Ended that it does not any more. They
 	// do not block.
 	Began(sessionID, executionID string)
@@ -44,12 +47,13 @@ type Pool interface {
 
 // Config says what a Service works with.
 type Config struct {
-	Engine   engine.Engine
+	// Engines make the sandboxes of one-shots.
+	Engines  engines.Set
 	Store    Store
 	Sessions Sessions
 	// Admission says how much may run; nil for no limit.
 	Admission *admission.Controller
-	// Pool is asked first for the sandbox of a one-shot; nil for none.
+	// Pool is asked first for the sandbox of a one-shot on the default engine; nil for none.
 	Pool Pool
 	// Dir holds the event logs, a directory for each execution.
 	Dir string
@@ -102,6 +106,11 @@ type Request struct {
 	// Session is the id of the session to run in; "" for a sandbox of its own.
 	Session string
 	Command Command
+	// Engine makes a sandbox of its own; "" is the default.
+	Engine string
+	// Placement says where a sandbox of its own runs. It is not recorded: a sandbox that
+	// was not made before a restart is not made after it.
+	Placement engine.Placement
 	// Limits of a sandbox of its own.
 	Limits engine.Limits
 	// Network is what a sandbox of its own may reach.
@@ -207,6 +216,7 @@ func (s *Service) Start(ctx context.Context, r Request) (Execution, error) {
 		return Execution{}, fmt.Errorf("begin the event log of %s: %w", e.ID, diskFault(err))
 	}
 	runCtx, run := newRun(s, e, handle, sandbox)
+	run.placement = r.Placement
 	if err := s.admit(run); err != nil {
 		handle.condemn()
 		handle.release()
@@ -267,7 +277,7 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 	now := time.Now()
 	e := Execution{
 		ID: newID(now), Session: r.Session, Owner: r.Caller.Owner, Labels: r.Labels,
-		Engine: s.cfg.Engine.Name(), State: Starting, CreateTime: now, RetainedBytes: r.RetainedBytes,
+		State: Starting, CreateTime: now, RetainedBytes: r.RetainedBytes,
 		Policies: r.Policies.withDefaults(s.cfg.Retention.MaxAge),
 	}
 	if e.RetainedBytes < 0 {
@@ -280,14 +290,24 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 		return e, nil, fault.InvalidField("RETAINED_BYTES", "output_policy.retained_bytes", "%d is more than this server keeps (%d)", e.RetainedBytes, s.cfg.MaxRetainedBytes)
 	}
 	if r.Session == "" {
-		if err := s.cfg.Engine.CheckLimits(r.Limits); err != nil {
+		on, err := s.cfg.Engines.Get(r.Engine)
+		if err != nil {
 			return e, nil, err
 		}
-		e.Limits = r.Limits.Or(s.cfg.Engine.DefaultLimits())
-		e.Sandbox = sandboxID(e.ID)
-		var err error
-		e.Network, err = s.cfg.Network.Decide(r.Network)
-		return e, nil, err
+		if e.Network, err = s.cfg.Network.Decide(on.Name(), r.Network); err != nil {
+			return e, nil, err
+		}
+		if err := on.CheckSpec(engine.Spec{Limits: r.Limits, Network: e.Network.Mode, Placement: r.Placement, Labels: r.Labels}); err != nil {
+			return e, nil, err
+		}
+		e.Engine, e.Sandbox, e.Limits = on.Name(), sandboxID(e.ID), r.Limits.Or(on.DefaultLimits())
+		return e, nil, nil
+	}
+	if r.Engine != "" {
+		return e, nil, fault.InvalidField("ENGINE_WITH_PARENT", "engine", "must not be set with a parent: the session's sandbox is where it is")
+	}
+	if !r.Placement.IsZero() {
+		return e, nil, fault.InvalidField("PLACEMENT_WITH_PARENT", "placement", "must not be set with a parent: the session's sandbox is where it is")
 	}
 	if r.Limits != (engine.Limits{}) {
 		return e, nil, fault.InvalidField("LIMITS_WITH_PARENT", "limits", "must not be set with a parent: the session's sandbox has its own limits")
@@ -297,6 +317,9 @@ func (s *Service) plan(ctx context.Context, r Request) (Execution, engine.Sandbo
 	}
 	sandbox, err := s.cfg.Sessions.Sandbox(ctx, r.Session, r.Caller)
 	if err != nil {
+		return e, nil, err
+	}
+	if e.Engine, err = s.cfg.Sessions.EngineOf(ctx, r.Session); err != nil {
 		return e, nil, err
 	}
 	e.Network = s.cfg.Network.Of(sandbox.ID()).Policy()
@@ -412,9 +435,17 @@ func (s *Service) Wait(ctx context.Context, ref Ref) (Execution, error) {
 	}
 	e, err := s.Get(ctx, ref)
 	if err == nil && e.State != Ended {
-		err = ErrClosed // nobody leads it any more
+		err = s.forsaken(e)
 	}
 	return e, err
+}
+
+// forsaken says why nobody leads an execution that has not ended.
+func (s *Service) forsaken(e Execution) error {
+	if _, err := s.cfg.Engines.Get(e.Engine); err != nil {
+		return fmt.Errorf("execution %q: %w", e.ID, err)
+	}
+	return ErrClosed
 }
 
 // Cancellation says how to end an execution.

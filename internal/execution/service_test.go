@@ -21,6 +21,7 @@ import (
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 )
@@ -853,7 +854,7 @@ func TestWithoutALogger(t *testing.T) {
 			Terminate: func(context.Context, string) error { return errors.New("not now") },
 		}})
 		t.Cleanup(fake.Shutdown)
-		s, err := execution.New(execution.Config{Engine: fake, Store: newMemory(), Dir: t.TempDir()})
+		s, err := execution.New(execution.Config{Engines: engines.Set{fake}, Store: newMemory(), Dir: t.TempDir()})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -74,8 +74,10 @@ type Watcher struct {
 	reader  *eventlog.Reader
 	cursor  Cursor
 	first   *Event // to be told before what the reader has
-	ended   bool
-	closed  bool
+	// forsaken, if not nil, is why nothing is going to be added to the log.
+	forsaken error
+	ended    bool
+	closed   bool
 }
 
 // Watch follows an execution from behind a cursor on; nil is the log's start. A
@@ -101,6 +103,11 @@ func (s *Service) Watch(ctx context.Context, ref Ref, after *Cursor) (*Watcher, 
 	if r, ok := s.find(ref.ID); ok && r.session == ref.Session {
 		w.run = r
 		r.audience.join(w, w.cursor.Sequence)
+	} else if !handle.Sealed() {
+		e, err := s.Get(ctx, ref)
+		if err == nil && e.State != Ended {
+			w.forsaken = s.forsaken(e)
+		}
 	}
 	return w, nil
 }
@@ -119,6 +126,9 @@ func (w *Watcher) Next(ctx context.Context) (Event, error) {
 	}
 	if w.ended {
 		return Event{}, io.EOF
+	}
+	if w.forsaken != nil && w.cursor.Sequence >= w.log.Sequence() {
+		return Event{}, w.forsaken
 	}
 	rec, err := w.reader.Next(ctx)
 	switch {

@@ -99,7 +99,7 @@ func (c *command) start(g *Guest, r *guestv1.StartRequest, arrived time.Time) (e
 	}
 	undo = append(undo, c.tree.remove)
 	attr := &syscall.ProcAttr{
-		Dir: dir, Env: r.GetEnv(),
+		Dir: dir, Env: withInherited(r.GetEnv(), g.environment),
 		// A session of its own: nothing that the command does to its group or its
 		// terminal reaches another command.
 		Sys: &syscall.SysProcAttr{Setsid: true},

@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"os"
 	"slices"
@@ -23,7 +22,6 @@ import (
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/guest/wire"
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -50,6 +48,8 @@ type Config struct {
 	Cgroups *os.File
 	// RuntimeDirectory is where source files are put; absolute.
 	RuntimeDirectory string
+	// Environment is what programs get beside what their start names.
+	Environment []string
 }
 
 // Guest holds the commands of one sandbox.
@@ -59,6 +59,7 @@ type Guest struct {
 	cgroups          *os.File
 	null             *os.File
 	runtimeDirectory string
+	environment      []string
 	stock            *stock
 	listeners        listeners
 	connections      connections
@@ -76,7 +77,7 @@ func New(cfg Config) (*Guest, error) {
 	}
 	// What this process was started with, on purpose or by somebody's mistake, is not
 	// for the programs.
-	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+	if err := keepOpenFilesFromPrograms(); err != nil {
 		return nil, fmt.Errorf("keep open files from programs: %w", err)
 	}
 	// Opened once: what runs in the sandbox may put something else there.
@@ -91,7 +92,7 @@ func New(cfg Config) (*Guest, error) {
 	}
 	return &Guest{
 		spawner: s, reaper: newReaper(), cgroups: cfg.Cgroups, null: null,
-		runtimeDirectory: cfg.RuntimeDirectory, stock: newStock(stockBlocks), connections: newConnections(),
+		runtimeDirectory: cfg.RuntimeDirectory, environment: cfg.Environment, stock: newStock(stockBlocks), connections: newConnections(),
 		commands: make(map[string]*command),
 	}, nil
 }
@@ -253,6 +254,8 @@ func (g *Guest) answer(ctx context.Context, req *guestv1.Request, payload []byte
 		if port, err = g.listeners.listen(call.Listen.GetName(), call.Listen.GetPort()); err == nil {
 			resp.Answer = &guestv1.Response_Listen{Listen: &guestv1.ListenResponse{Port: port}}
 		}
+	case *guestv1.Request_Usage:
+		resp.Answer = &guestv1.Response_Usage{Usage: g.usage()}
 	default:
 		err = refuse(guestv1.Error_KIND_INVALID, "a request that this guest (protocol %d) does not know", wire.Protocol)
 	}

@@ -42,6 +42,11 @@ type answer struct {
 func (a answer) release() { a.payload.release() }
 
 func newPipe(conn net.Conn, pool *sync.Pool) *pipe {
+	// Where an engine would like to move its connections now and then: this one is dialled
+	// again, and every request repeated.
+	if m, ok := conn.(interface{ MayMove() }); ok {
+		m.MayMove()
+	}
 	p := &pipe{
 		conn: conn, pool: pool, writing: make(chan struct{}, 1),
 		waiting: make(map[uint64]chan<- answer), gone: make(chan struct{}),

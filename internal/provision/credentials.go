@@ -51,8 +51,7 @@ func (b bag) has(name string) bool {
 	return value || named
 }
 
-// knows says whether a credential was given with the session, or was before a restart: its
-// way is made all the same, and says what is missing when it is used.
+// bag has the credentials of a session's ways out.
 func (p *Provisioner) bag(w session.Way) bag { return bag{w.Values, w.Secrets, p.cfg.Secrets} }
 
 // Check implements session.Credentials.

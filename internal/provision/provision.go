@@ -30,8 +30,6 @@ type Images interface {
 
 // Config says what a Provisioner works with.
 type Config struct {
-	// Engine is the name of the one whose sandboxes it fits out.
-	Engine string
 	Images Images
 	Broker *broker.Broker
 	// Network is that of the sandboxes; nil if they have none.
@@ -118,11 +116,11 @@ func (p *Provisioner) guest(sb engine.Sandbox) *guestclient.Client {
 }
 
 // Resolve implements session.Images.
-func (p *Provisioner) Resolve(ctx context.Context, name string, tell func(text string)) (engine.ImageRef, error) {
+func (p *Provisioner) Resolve(ctx context.Context, on, name string, tell func(text string)) (engine.ImageRef, error) {
 	if name == "" {
 		name = AgentImage
 	}
-	b, err := p.cfg.Images.Ensure(ctx, p.cfg.Engine, name, func(e image.Event) {
+	b, err := p.cfg.Images.Ensure(ctx, on, name, func(e image.Event) {
 		if e.Step != nil {
 			tell(fmt.Sprintf("building image %s: %s", name, e.Step.Name))
 		}

@@ -14,7 +14,8 @@ func (l *live) claim() Session {
 	// Those that are ready have a network of their own, which does for egress, too.
 	// Those that start from an image of their own, or with a volume, are not among them.
 	d := l.record.Details
-	if l.service.cfg.Pool == nil || l.record.Network.Mode == engine.NetworkHost || d.Agent != nil || d.Image != "" || d.Snapshot != "" {
+	if l.service.cfg.Pool == nil || l.record.Network.Mode == engine.NetworkHost || !d.Placement.IsZero() ||
+		!l.service.cfg.Engines.IsDefault(l.record.Engine) || d.Agent != nil || d.Image != "" || d.Snapshot != "" {
 		return l.snapshot()
 	}
 	sandbox, ok := l.service.cfg.Pool.Claim(engine.Spec{Limits: l.record.Limits})

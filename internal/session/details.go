@@ -25,6 +25,8 @@ type Details struct {
 	// IdleTimeout is after how long without anything that runs IdleAction is taken; 0 never.
 	IdleTimeout time.Duration `json:"idle_timeout,omitempty"`
 	IdleAction  IdleAction    `json:"idle_action,omitempty"`
+	// Placement is what was asked for.
+	Placement engine.Placement `json:"placement,omitzero"`
 	// Image is what was asked for, by name; "" for the default.
 	Image string `json:"image,omitempty"`
 	// Base is the image that its first sandbox was made from.

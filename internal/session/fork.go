@@ -28,7 +28,11 @@ func (s *Service) Fork(ctx context.Context, ref Ref, r Request) (Session, error)
 	if err != nil {
 		return Session{}, err
 	}
-	from, borrowed, err := s.forkable(ctx, parent)
+	on, err := s.cfg.Engines.Get(parent.Engine)
+	if err != nil {
+		return Session{}, err
+	}
+	from, borrowed, err := s.forkable(ctx, on, parent)
 	if err != nil {
 		return Session{}, err
 	}
@@ -43,7 +47,7 @@ func (s *Service) Fork(ctx context.Context, ref Ref, r Request) (Session, error)
 		}
 	}
 	d := parent.Details
-	r.Limits, r.Network = parent.Limits, parent.Network
+	r.Engine, r.Placement, r.Limits, r.Network = parent.Engine, d.Placement, parent.Limits, parent.Network
 	inherited := Details{
 		Repositories: d.Repositories, Checkouts: d.Checkouts, Identity: d.Identity, Agent: d.Agent, Conversation: d.Conversation,
 		Secrets: merge(d.Secrets, r.Secrets), IdleTimeout: d.IdleTimeout, IdleAction: d.IdleAction, Image: d.Image, Base: d.Base,
@@ -53,7 +57,7 @@ func (s *Service) Fork(ctx context.Context, ref Ref, r Request) (Session, error)
 	if err != nil && !borrowed {
 		bounded, stop := context.WithTimeoutCause(context.WithoutCancel(ctx), sandboxTime, fmt.Errorf("not removed within %v", sandboxTime))
 		defer stop()
-		if err := s.cfg.Engine.Images().Delete(bounded, from); err != nil {
+		if err := on.Images().Delete(bounded, from); err != nil {
 			s.log.WarnContext(ctx, "a snapshot for a fork is left", "session", parent.ID, "image", from, "error", err)
 		}
 	}
@@ -62,7 +66,7 @@ func (s *Service) Fork(ctx context.Context, ref Ref, r Request) (Session, error)
 
 // forkable is what a fork of a session is made from. borrowed says that it is not the
 // fork's own.
-func (s *Service) forkable(ctx context.Context, parent Session) (ref engine.ImageRef, borrowed bool, err error) {
+func (s *Service) forkable(ctx context.Context, on engine.Engine, parent Session) (ref engine.ImageRef, borrowed bool, err error) {
 	switch {
 	case parent.State == Paused && parent.Details.Snapshot != "":
 		return parent.Details.Snapshot, true, nil
@@ -71,7 +75,7 @@ func (s *Service) forkable(ctx context.Context, parent Session) (ref engine.Imag
 			if saved.Snapshot == "" {
 				continue
 			}
-			there, err := s.cfg.Engine.Images().Exists(ctx, saved.Snapshot)
+			there, err := on.Images().Exists(ctx, saved.Snapshot)
 			if err != nil {
 				return "", false, fmt.Errorf("look for the snapshot of session %s: %w", parent.ID, err)
 			}
@@ -85,14 +89,14 @@ func (s *Service) forkable(ctx context.Context, parent Session) (ref engine.Imag
 	}
 	l, ok := s.find(parent.ID)
 	if !ok {
-		return "", false, errClosed
+		return "", false, s.forsaken(parent)
 	}
 	sandbox, err := l.running()
 	if err != nil {
 		return "", false, err
 	}
-	if why := lacks(s.cfg.Engine, "snapshot"); why != "" {
-		return "", false, fault.New(fault.FailedPrecondition, "SNAPSHOT_NOT_AVAILABLE", "the engine %s makes no snapshots: %s", s.cfg.Engine.Name(), why)
+	if why := lacks(on, "snapshot"); why != "" {
+		return "", false, fault.New(fault.FailedPrecondition, "SNAPSHOT_NOT_AVAILABLE", "the engine %s makes no snapshots: %s", on.Name(), why)
 	}
 	bounded, stop := context.WithTimeoutCause(ctx, snapshotTime, fmt.Errorf("no snapshot within %v", snapshotTime))
 	defer stop()

@@ -16,6 +16,7 @@ import (
 	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/idempotency/idempotencytest"
@@ -234,7 +235,7 @@ func newRig(t *testing.T, hooks enginefake.Hooks) *rig {
 func (r *rig) open() {
 	r.t.Helper()
 	s, err := session.New(session.Config{
-		Engine: r.fake, Store: r.store, MaxPerOwner: r.quota, Pool: r.pool, Admission: r.admission, Parts: r.parts, Dir: r.dir, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
+		Engines: engines.Set{r.fake}, Store: r.store, MaxPerOwner: r.quota, Pool: r.pool, Admission: r.admission, Parts: r.parts, Dir: r.dir, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	})
 	if err != nil {
 		r.t.Fatal(err)

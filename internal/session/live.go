@@ -284,12 +284,19 @@ func (l *live) expire() {
 func (l *live) open(ctx context.Context) (engine.Sandbox, error) {
 	ctx, stop := context.WithTimeoutCause(ctx, sandboxTime, errNotFound)
 	defer stop()
-	sandbox, err := l.service.cfg.Engine.Open(ctx, l.record.Sandbox)
+	on, err := l.engine()
+	if err != nil {
+		return nil, err
+	}
+	sandbox, err := on.Open(ctx, l.record.Sandbox)
 	if err != nil {
 		return nil, err // and not an interface that holds a nil of the engine's
 	}
 	return sandbox, nil
 }
+
+// engine is the one that its sandbox is on.
+func (l *live) engine() (engine.Engine, error) { return l.service.cfg.Engines.Get(l.record.Engine) }
 
 // notify wakes those who wait for a change. The caller holds mu.
 func (l *live) notify() {

@@ -26,10 +26,10 @@ type Turns interface {
 
 // Images finds what sandboxes start from.
 type Images interface {
-	// Resolve returns the image of this name, "" for the one that agents need; that is made
+	// Resolve returns the image of this name on an engine, "" for the one that agents need; that is made
 	// if it is missing, which takes minutes and is told of. A fault NotFound
 	// (IMAGE_NOT_FOUND).
-	Resolve(ctx context.Context, name string, tell func(text string)) (engine.ImageRef, error)
+	Resolve(ctx context.Context, on, name string, tell func(text string)) (engine.ImageRef, error)
 }
 
 // Credentials lets sandboxes reach remotes and models without having their credentials.

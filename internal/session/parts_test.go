@@ -28,7 +28,6 @@ type furniture struct {
 	unsaved bool
 	ways    []session.Way
 	starts  []session.AgentStart
-	image   func()
 }
 
 func (f *furniture) do(ctx context.Context, format string, args ...any) error {
@@ -58,7 +57,7 @@ func (f *furniture) parts() session.Parts {
 
 type images struct{ *furniture }
 
-func (f images) Resolve(ctx context.Context, name string, tell func(string)) (engine.ImageRef, error) {
+func (f images) Resolve(ctx context.Context, _, name string, tell func(string)) (engine.ImageRef, error) {
 	tell("looking for it")
 	return "base", f.do(ctx, "image %q", name)
 }
@@ -142,7 +141,7 @@ func (f agents) Start(ctx context.Context, sb engine.Sandbox, start session.Agen
 		return nil, err
 	}
 	start.Tell(session.AgentStatus{State: session.AgentReady, Version: "fake 1", MCP: []session.MCPServer{{Name: "memory", State: "CONNECTED"}}})
-	return server{f.furniture}, nil
+	return server(f), nil
 }
 
 type server struct{ *furniture }

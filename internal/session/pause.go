@@ -38,8 +38,12 @@ func (s *Service) Pause(ctx context.Context, ref Ref, key idempotency.Key) (Sess
 	default:
 		return Session{}, notRunning(record)
 	}
-	if why := lacks(s.cfg.Engine, "snapshot"); why != "" {
-		return Session{}, fault.New(fault.FailedPrecondition, "SNAPSHOT_NOT_AVAILABLE", "the engine %s makes no snapshots: %s", s.cfg.Engine.Name(), why)
+	on, err := l.engine()
+	if err != nil {
+		return Session{}, err
+	}
+	if why := lacks(on, "snapshot"); why != "" {
+		return Session{}, fault.New(fault.FailedPrecondition, "SNAPSHOT_NOT_AVAILABLE", "the engine %s makes no snapshots: %s", on.Name(), why)
 	}
 	l.mu.Lock()
 	l.pausing, l.failed = true, nil
@@ -69,7 +73,7 @@ func (s *Service) alive(ctx context.Context, ref Ref) (*live, Session, error) {
 		return nil, Session{}, err
 	}
 	if record.State != Terminated {
-		return nil, Session{}, errClosed // nobody leads it any more
+		return nil, Session{}, s.forsaken(record)
 	}
 	return nil, record, notRunning(record)
 }

@@ -22,8 +22,6 @@ const (
 	savedTTL = 30 * 24 * time.Hour
 )
 
-var errEnding = errors.New("the session ends")
-
 // wipRef is where the unfinished work of a session is put at a remote.
 func wipRef(id string) string { return "refs/heads/wip/" + id }
 
@@ -92,11 +90,16 @@ func (l *live) saveWork(ctx context.Context, record Session) (all []SavedWork, w
 // saveSandbox keeps the whole sandbox as a snapshot, from which the session can be forked.
 func (l *live) saveSandbox(ctx context.Context) SavedWork {
 	saved := SavedWork{Time: time.Now()}
-	if why := lacks(l.service.cfg.Engine, "snapshot"); why != "" {
+	on, err := l.engine()
+	if err != nil {
+		saved.Detail = clip("the sandbox could not be kept: " + err.Error())
+		return saved
+	}
+	if why := lacks(on, "snapshot"); why != "" {
 		saved.Detail = "the sandbox could not be kept: the engine makes no snapshots: " + why
 		return saved
 	}
-	err := l.do(StepSnapshot, "", func() (err error) {
+	err = l.do(StepSnapshot, "", func() (err error) {
 		ctx, stop := context.WithTimeoutCause(ctx, snapshotTime, fmt.Errorf("no snapshot within %v", snapshotTime))
 		defer stop()
 		saved.Snapshot, err = l.sandbox.Snapshot(ctx, engine.SnapshotRequest{TTL: savedTTL})
@@ -178,7 +181,11 @@ func (l *live) dropImage(ctx context.Context, ref engine.ImageRef, borrowed bool
 	}
 	ctx, stop := context.WithTimeoutCause(ctx, sandboxTime, fmt.Errorf("not removed within %v", sandboxTime))
 	defer stop()
-	if err := l.service.cfg.Engine.Images().Delete(ctx, ref); err != nil {
+	on, err := l.engine()
+	if err == nil {
+		err = on.Images().Delete(ctx, ref)
+	}
+	if err != nil {
 		l.service.log.WarnContext(ctx, "a snapshot of a session is left", "session", l.id, "image", ref, "error", err)
 	}
 }

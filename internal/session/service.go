@@ -16,6 +16,7 @@ import (
 	"github.com/harvest-run/executord/internal/caller"
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/journal"
@@ -30,8 +31,9 @@ type Pool interface {
 
 // Config says what a Service works with.
 type Config struct {
-	Engine engine.Engine
-	Store  Store
+	// Engines make the sandboxes.
+	Engines engines.Set
+	Store   Store
 	// MaxPerOwner bounds the sessions of an owner that have not ended; 0 does not.
 	MaxPerOwner int64
 	// CheckRoom returns a fault while the disk has no room for new work; nil tries all
@@ -39,7 +41,7 @@ type Config struct {
 	CheckRoom func() error
 	// Admission says how many sandboxes there may be; nil for no limit.
 	Admission *admission.Controller
-	// Pool is asked first for a sandbox; nil for none.
+	// Pool is asked first for a sandbox on the default engine; nil for none.
 	Pool Pool
 	// Network decides what sandboxes reach and lets them; nil lets them reach nothing.
 	Network *egress.Gateway
@@ -79,7 +81,10 @@ type Service struct {
 type Request struct {
 	// Caller asks, and will be the owner.
 	Caller caller.Caller
-	Limits engine.Limits
+	// Engine makes its sandbox; "" is the default. Placement says where that runs.
+	Engine    string
+	Placement engine.Placement
+	Limits    engine.Limits
 	// Network is what its sandbox may reach.
 	Network egress.Policy
 	// Lifetime is counted from the creation; 0 stands for DefaultLifetime.
@@ -202,7 +207,8 @@ func (s *Service) create(ctx context.Context, r Request, d Details) (Session, er
 	if r.Lifetime == 0 {
 		r.Lifetime = DefaultLifetime
 	}
-	if err := s.cfg.Engine.CheckLimits(r.Limits); err != nil {
+	on, err := s.cfg.Engines.Get(r.Engine)
+	if err != nil {
 		return Session{}, err
 	}
 	if check := s.cfg.CheckRoom; check != nil {
@@ -213,16 +219,19 @@ func (s *Service) create(ctx context.Context, r Request, d Details) (Session, er
 	if err := s.checkQuota(r.Caller.Owner); err != nil {
 		return Session{}, err
 	}
-	network, err := s.cfg.Network.Decide(r.Network)
+	network, err := s.cfg.Network.Decide(on.Name(), r.Network)
 	if err != nil {
 		return Session{}, err
 	}
-	d.Generation = 1
+	if err := on.CheckSpec(engine.Spec{Limits: r.Limits, Network: network.Mode, Placement: r.Placement, Labels: r.Labels}); err != nil {
+		return Session{}, err
+	}
+	d.Placement, d.Generation = r.Placement, 1
 	now := time.Now()
 	id := strings.ToLower(ulid.MustNew(ulid.Timestamp(now), ulid.DefaultEntropy()).String())
 	record := Session{
-		ID: id, Owner: r.Caller.Owner, State: Starting, Engine: s.cfg.Engine.Name(), Sandbox: sandboxID(id, 1),
-		Limits: r.Limits.Or(s.cfg.Engine.DefaultLimits()), Network: network, Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
+		ID: id, Owner: r.Caller.Owner, State: Starting, Engine: on.Name(), Sandbox: sandboxID(id, 1),
+		Limits: r.Limits.Or(on.DefaultLimits()), Network: network, Lifetime: r.Lifetime, Labels: r.Labels, CreateTime: now,
 		Details: d,
 	}
 	slot, err := s.cfg.Admission.Acquire(ctx, admission.Need{Sandbox: true})
@@ -333,6 +342,12 @@ func (s *Service) Recover(ctx context.Context) error {
 	}
 	var found []*live
 	for _, record := range unfinished {
+		if _, err := s.cfg.Engines.Get(record.Engine); err != nil {
+			// It may live to this hour, and its engine may be configured again. Who asks for
+			// it is told.
+			s.log.ErrorContext(ctx, "a session is left alone", "session", record.ID, "sandbox", record.Sandbox, "error", err)
+			continue
+		}
 		need := admission.Need{Sandbox: record.State != Paused}
 		runCtx, l := newLive(s, record, s.cfg.Admission.Occupy(need))
 		l.begun = time.Now()
@@ -406,7 +421,7 @@ func (s *Service) WaitStarted(ctx context.Context, ref Ref) (Session, error) {
 	}
 	record, err := s.Get(ctx, ref)
 	if err == nil && record.State == Starting {
-		err = errClosed
+		err = s.forsaken(record)
 	}
 	return record, err
 }
@@ -429,7 +444,7 @@ func (s *Service) Terminate(ctx context.Context, ref Ref, requester string, key 
 	if !ok {
 		record, err := s.Get(ctx, ref)
 		if err == nil && record.State != Terminated {
-			err = errClosed // nobody leads it any more
+			err = s.forsaken(record)
 		}
 		return record, err
 	}
@@ -463,9 +478,23 @@ func (s *Service) Sandbox(ctx context.Context, id string, by caller.Caller) (eng
 	case err != nil:
 		return nil, err
 	case record.State == Running:
-		return nil, errClosed // nobody leads it any more
+		return nil, s.forsaken(record)
 	}
 	return nil, notRunning(record)
+}
+
+// forsaken says why nobody leads a session that has not ended.
+func (s *Service) forsaken(record Session) error {
+	if _, err := s.cfg.Engines.Get(record.Engine); err != nil {
+		return fmt.Errorf("session %q: %w", record.ID, err)
+	}
+	return errClosed
+}
+
+// EngineOf names the engine of a session's sandbox, to those who run in it.
+func (s *Service) EngineOf(ctx context.Context, id string) (string, error) {
+	record, err := s.Get(ctx, Ref{ID: id, Caller: caller.Caller{All: true}})
+	return record.Engine, err
 }
 
 func notRunning(record Session) error {

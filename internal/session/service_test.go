@@ -19,6 +19,7 @@ import (
 	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
 	"github.com/harvest-run/executord/internal/session"
@@ -751,7 +752,7 @@ func TestWithoutALogger(t *testing.T) {
 			return nil
 		}}})
 		t.Cleanup(fake.Shutdown)
-		s, err := session.New(session.Config{Engine: fake, Store: newMemory(), Dir: t.TempDir()})
+		s, err := session.New(session.Config{Engines: engines.Set{fake}, Store: newMemory(), Dir: t.TempDir()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -774,7 +775,7 @@ func TestNoRoom(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		r := newRig(t, enginefake.Hooks{})
 		var full error
-		s, err := session.New(session.Config{Engine: r.fake, Store: r.store, Dir: t.TempDir(), CheckRoom: func() error { return full }})
+		s, err := session.New(session.Config{Engines: engines.Set{r.fake}, Store: r.store, Dir: t.TempDir(), CheckRoom: func() error { return full }})
 		if err != nil {
 			t.Fatal(err)
 		}

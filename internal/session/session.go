@@ -1,6 +1,9 @@
-// Package session is a sandbox with a life of its own: it is recorded, made, used
-// by executions, and ended by request, by its lifetime or by loss. The Service owns
-// every goroutine that it starts and waits for them in Close.
+// Package session is a sandbox with a life of its own: it is recorded, made and fitted
+// out, used by executions and by the turns of its agent, paused, resumed, forked and handed
+// over to another sandbox, and ended by request, by its lifetime, idle or by loss; what
+// would be lost with it is saved before. What it is fitted out with it knows by the
+// interfaces of Parts only. The Service owns every goroutine that it starts and waits for
+// them in Close.
 package session
 
 import (

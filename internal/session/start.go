@@ -96,7 +96,7 @@ func (l *live) findImage(ctx context.Context, d *Details) error {
 	return l.do(StepImage, d.Image, func() (err error) {
 		ctx, stop := context.WithTimeoutCause(ctx, imageTime, fmt.Errorf("no image within %v", imageTime))
 		defer stop()
-		d.Base, err = l.service.cfg.Parts.Images.Resolve(ctx, d.Image, func(text string) { l.step(StepImage, StepProgress, d.Image, text) })
+		d.Base, err = l.service.cfg.Parts.Images.Resolve(ctx, l.snapshot().Engine, d.Image, func(text string) { l.step(StepImage, StepProgress, d.Image, text) })
 		return err
 	})
 }
@@ -104,30 +104,34 @@ func (l *live) findImage(ctx context.Context, d *Details) error {
 func (l *live) makeSandbox(ctx context.Context, record Session, d Details) (engine.Sandbox, error) {
 	ctx, stop := context.WithTimeoutCause(ctx, sandboxTime, fmt.Errorf("no sandbox within %v", sandboxTime))
 	defer stop()
+	on, err := l.engine()
+	if err != nil {
+		return nil, err
+	}
 	spec := engine.Spec{
 		ID: record.Sandbox, Limits: record.Limits, Network: record.Network.Mode,
-		Image: d.Base, Lifetime: time.Until(record.ExpireTime()), Labels: record.Labels,
+		Image: d.Base, Lifetime: time.Until(record.ExpireTime()), Labels: record.Labels, Placement: d.Placement,
 	}
 	if d.Snapshot != "" {
 		spec.Image = d.Snapshot
 	}
 	if d.Agent != nil && len(d.Repositories) > 0 {
 		name := l.service.cfg.Parts.Workspace.MemoryVolume(d.Repositories[0])
-		if err := l.service.cfg.Engine.Volumes().Ensure(ctx, name); err != nil {
+		if err := on.Volumes().Ensure(ctx, name); err != nil {
 			return nil, fmt.Errorf("make the volume of the memory: %w", err)
 		}
 		spec.Volumes = []engine.VolumeMount{{Name: name, Path: memoryPath}}
 	}
 	sandbox := l.claimed
 	if sandbox == nil {
-		made, err := l.service.cfg.Engine.Create(ctx, spec)
+		made, err := on.Create(ctx, spec)
 		if err != nil {
 			return nil, err
 		}
 		sandbox = made
 	}
 	l.claimed = nil
-	_, err := l.service.cfg.Network.Open(ctx, sandbox, record.Network)
+	_, err = l.service.cfg.Network.Open(ctx, sandbox, record.Network)
 	return sandbox, err
 }
 

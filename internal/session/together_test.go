@@ -9,6 +9,7 @@ import (
 
 	guestv1 "github.com/harvest-run/executord/gen/harvest/guest/v1"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
+	"github.com/harvest-run/executord/internal/engine/engines"
 	"github.com/harvest-run/executord/internal/execution"
 	"github.com/harvest-run/executord/internal/fault"
 	"github.com/harvest-run/executord/internal/idempotency"
@@ -24,12 +25,12 @@ type house struct {
 
 func openHouse(t *testing.T, fake *enginefake.Engine, st *store.Store, dir string) *house {
 	t.Helper()
-	sessions, err := session.New(session.Config{Engine: fake, Store: st, Dir: t.TempDir()})
+	sessions, err := session.New(session.Config{Engines: engines.Set{fake}, Store: st, Dir: t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	executions, err := execution.New(execution.Config{
-		Engine: fake, Store: st, Sessions: sessions, Dir: filepath.Join(dir, "executions"), DefaultRetainedBytes: 1 << 20, MaxRetainedBytes: 1 << 20,
+		Engines: engines.Set{fake}, Store: st, Sessions: sessions, Dir: filepath.Join(dir, "executions"), DefaultRetainedBytes: 1 << 20, MaxRetainedBytes: 1 << 20,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -263,5 +263,5 @@ func changed(result sql.Result, err error) (bool, error) {
 // isDuplicate says whether an insert failed because its id is taken.
 func isDuplicate(err error) bool {
 	failure, ok := errors.AsType[*sqlite.Error](err)
-	return ok && failure.Code() == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY
+	return ok && (failure.Code() == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY || failure.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE)
 }

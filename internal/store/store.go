@@ -1,9 +1,9 @@
-// Package store keeps sessions, executions, turns and the names of requests in an SQLite
-// database in the state directory. It implements session.Store, execution.Store and turn.Store: a call that returned
-// nil survives kill -9 and a power cut. One connection writes, a few read; the
-// directory is locked against a second executord. It imports the domain's types and
-// never an engine; it starts no goroutines but those of database/sql, which end in
-// Close.
+// Package store keeps sessions, executions, turns, builds of images, API keys and the names
+// of requests in an SQLite database in the state directory. It implements session.Store,
+// execution.Store, turn.Store, image.Store and auth.KeyStore: a call that returned nil
+// survives kill -9 and a power cut. One connection writes, a few read; the directory is
+// locked against a second executord. It imports the domain's types and never an engine; it
+// starts no goroutines but those of database/sql, which end in Close.
 package store
 
 import (
@@ -179,6 +179,7 @@ func (s *Store) prepare(ctx context.Context) error {
 		{s.writer, &s.turns.resolveInteraction, resolveInteraction},
 		{s.writer, &s.turns.interactionState, `SELECT state FROM interactions WHERE id = ?`},
 		{s.reader, &s.turns.get, getTurn},
+		{s.reader, &s.turns.session, `SELECT session FROM turns WHERE id = ?`},
 		{s.reader, &s.turns.list, listTurns},
 		{s.reader, &s.turns.unfinished, unfinishedTurns},
 		{s.reader, &s.turns.totals, turnTotals},

@@ -55,7 +55,7 @@ const (
 // turnStatements are those about turns and interactions.
 type turnStatements struct {
 	insert, insertAttachment, update, state                 *sql.Stmt
-	get, list, unfinished, totals, data, sessions           *sql.Stmt
+	get, list, unfinished, totals, data, sessions, session  *sql.Stmt
 	insertInteraction, resolveInteraction, interactionState *sql.Stmt
 	getInteraction, interactionsOf                          *sql.Stmt
 	listInteractions, listPending                           *sql.Stmt
@@ -179,6 +179,13 @@ func resultColumns(r *turn.Result) (summary, whole sql.NullString, err error) {
 func (s *Store) GetTurn(ctx context.Context, id string) (turn.Turn, error) {
 	t, err := scanTurn(s.turns.get.QueryRowContext(ctx, id))
 	return t, turnError("read", id, err)
+}
+
+// TurnSession implements turn.Store.
+func (s *Store) TurnSession(ctx context.Context, id string) (string, error) {
+	var session string
+	err := s.turns.session.QueryRowContext(ctx, id).Scan(&session)
+	return session, turnError("find", id, err)
 }
 
 // GetPrompt implements turn.Store.

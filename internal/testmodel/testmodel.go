@@ -11,7 +11,6 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -71,9 +70,13 @@ type Call struct {
 	Input any
 }
 
-// Text, Reasoning and Tool make parts.
-func Text(s string) Part      { return Part{Text: s} }
+// Text is a part that the model says.
+func Text(s string) Part { return Part{Text: s} }
+
+// Reasoning is a part that it thinks.
 func Reasoning(s string) Part { return Part{Reasoning: s} }
+
+// Tool is the use of a tool, with what becomes its JSON input.
 func Tool(name string, input any) Part {
 	return Part{Call: &Call{Name: name, Input: input}}
 }
@@ -189,8 +192,21 @@ func (s *Server) Requests(script string) []Request {
 	return found
 }
 
-// mark is how a prompt names its script.
-func mark() *regexp.Regexp { return regexp.MustCompile(`\[\[script:([A-Za-z0-9_-]+)\]\]`) }
+// marks are the names of scripts in a text, as prompts have them.
+func marks(text string) []string {
+	var names []string
+	for {
+		_, rest, ok := strings.Cut(text, "[[script:")
+		if !ok {
+			return names
+		}
+		name, behind, ok := strings.Cut(rest, "]]")
+		if !ok {
+			return names
+		}
+		names, text = append(names, name), behind
+	}
+}
 
 // place finds the script of a conversation and how far it is.
 func place(messages []Message) (script string, step int) {
@@ -201,15 +217,15 @@ func place(messages []Message) (script string, step int) {
 		if m.Role != "user" {
 			continue
 		}
-		if found := mark().FindAllStringSubmatch(m.Text, -1); found != nil {
-			return found[len(found)-1][1], step
+		if found := marks(m.Text); found != nil {
+			return found[len(found)-1], step
 		}
 	}
 	// Of a history that was made shorter only the summary is left.
 	step = 0
 	for _, m := range slices.Backward(messages) {
-		if found := mark().FindStringSubmatch(m.Text); found != nil {
-			return found[1], step
+		if found := marks(m.Text); found != nil {
+			return found[0], step
 		}
 		if m.Role == "assistant" {
 			step++

@@ -12,8 +12,9 @@ import (
 // What an agent tells is bounded before it is kept: an event fits into a message of the
 // API whatever the agent says.
 const (
-	// maxDelta is the most text of one event; more becomes several.
-	maxDelta = 64 << 10
+	// maxDelta is the most text of one event; more becomes several. With it a message takes
+	// the small ones of grpc-go's buffers.
+	maxDelta = 24 << 10
 	// maxWhole bounds the whole text of a part, maxLast that of a turn's last one.
 	maxWhole = 1 << 20
 	maxLast  = 512 << 10
@@ -117,7 +118,10 @@ func boundedTool(t agent.ToolEnded) agent.ToolEnded {
 
 // boundedFile leaves a patch out that is larger than room: half of one is none.
 func boundedFile(f agent.FileDiff, room int) agent.FileDiff {
-	f.Path, f.Patch = clip(f.Path, maxNote), strings.ToValidUTF8(f.Patch, "\uFFFD")
+	f.Path, f.Change = clip(f.Path, maxNote), agent.FileChange(clip(string(f.Change), maxName))
+	if len(f.Patch) <= room {
+		f.Patch = strings.ToValidUTF8(f.Patch, "\uFFFD")
+	}
 	if len(f.Patch) > room {
 		f.Patch = ""
 	}
@@ -156,6 +160,7 @@ func boundedAsked(a agent.Asked) agent.Asked {
 
 // boundedResult also keeps it within one entry of a journal.
 func boundedResult(r Result) *Result {
+	r.Outcome = agent.OutcomeKind(clip(string(r.Outcome), maxName))
 	r.Detail, r.CancelledBy, r.Text, r.Error = clip(r.Detail, maxNote), clip(r.CancelledBy, maxName), clip(r.Text, maxLast), boundedError(r.Error)
 	room := maxPatches
 	diffs := r.Diffs[:min(len(r.Diffs), maxFiles)]
@@ -247,11 +252,15 @@ func middle(s string, n int) string {
 
 // clip makes valid UTF-8 of at most n bytes of a text that anybody can have written.
 func clip(s string, n int) string {
+	const more = "…"
+	whole := len(s) <= n
+	if !whole {
+		s = s[:n] // before it is looked through: it can be very long
+	}
 	s = strings.ToValidUTF8(s, "\uFFFD")
-	if len(s) <= n {
+	if whole && len(s) <= n {
 		return s
 	}
-	const more = "…"
 	return head(s, n-len(more)) + more
 }
 

@@ -16,7 +16,7 @@ import (
 // Call it once, before anything else.
 func (s *Service) Recover(ctx context.Context) error {
 	err := s.journals.Strays(func(id string) (bool, error) {
-		_, err := s.cfg.Store.GetTurn(ctx, id)
+		_, err := s.cfg.Store.TurnSession(ctx, id)
 		if fault.KindOf(err) == fault.NotFound {
 			return false, nil
 		}

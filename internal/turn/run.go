@@ -20,6 +20,10 @@ const (
 	lastWords = 15 * time.Second
 	// askAgain lies between two attempts to reach an agent or a session.
 	askAgain = time.Second
+	// joinTime is how long an agent is tried to be joined again before it is given up,
+	// busyTime how long one may be at work on something else.
+	joinTime = 60 * time.Second
+	busyTime = 60 * time.Second
 )
 
 // Causes with which the context of a conversation ends.
@@ -127,7 +131,7 @@ func (l *live) keep(ctx context.Context, e Event) error {
 func (l *live) talk(ctx context.Context, c agent.Conversation, fresh bool) (agent.Outcome, error) {
 	tell := func(e agent.Event) error { return l.tell(ctx, e) }
 	if !fresh {
-		outcome, err := c.Join(ctx, promptID(l.id), l.told(ctx), tell)
+		outcome, err := l.join(ctx, c, tell)
 		if !errors.Is(err, agent.ErrNoPrompt) {
 			return outcome, err
 		}
@@ -143,11 +147,41 @@ func (l *live) talk(ctx context.Context, c agent.Conversation, fresh bool) (agen
 	if err != nil {
 		return agent.Outcome{}, fmt.Errorf("read the prompt: %w", err)
 	}
-	given := agent.Prompt{ID: promptID(l.id), Text: p.Text, Author: p.Author, Model: l.snapshot().Model}
+	given := agent.Prompt{ID: l.id, Text: p.Text, Author: p.Author, Model: l.snapshot().Model}
 	for _, a := range p.Attachments {
 		given.Attachments = append(given.Attachments, agent.Attachment(a))
 	}
-	return c.Prompt(ctx, given, tell)
+	giveUp := time.Now().Add(busyTime)
+	for {
+		outcome, err := c.Prompt(ctx, given, tell)
+		if !errors.Is(err, agent.ErrBusy) || time.Now().After(giveUp) {
+			return outcome, err
+		}
+		// Turns run one at a time: whatever it is at is over for us.
+		l.quiet(ctx, c)
+		if !pause(ctx, askAgain) {
+			return outcome, context.Cause(ctx)
+		}
+	}
+}
+
+// join goes on with a prompt that was given before. An agent that is on its way is tried
+// again: that it cannot be joined does not say how the prompt ends.
+func (l *live) join(ctx context.Context, c agent.Conversation, tell func(agent.Event) error) (agent.Outcome, error) {
+	giveUp := time.Now().Add(joinTime)
+	for {
+		outcome, err := c.Join(ctx, l.id, l.told(ctx), tell)
+		if err == nil || errors.Is(err, agent.ErrNoPrompt) || errors.Is(err, agent.ErrLost) || ctx.Err() != nil {
+			return outcome, err
+		}
+		if time.Now().After(giveUp) {
+			return outcome, fmt.Errorf("%w: %w", agent.ErrLost, err)
+		}
+		l.service.log.WarnContext(ctx, "a turn cannot be joined, trying again", "turn", l.id, "error", err)
+		if !pause(ctx, askAgain) {
+			return outcome, context.Cause(ctx)
+		}
+	}
 }
 
 // told are the agent's events that the journal has.

@@ -217,6 +217,22 @@ func (s *Service) Get(ctx context.Context, ref Ref) (Turn, error) {
 	return s.get(ctx, ref)
 }
 
+// check returns a fault NotFound if there is no turn of this name that the caller sees.
+func (s *Service) check(ctx context.Context, ref Ref) error {
+	if err := s.home().Visible(ctx, ref.Session, ref.Caller); err != nil {
+		return err
+	}
+	session, err := s.cfg.Store.TurnSession(ctx, ref.ID)
+	if err == nil && session != ref.Session {
+		err = errNoTurn(ref.ID)
+	}
+	return err
+}
+
+func errNoTurn(id string) error {
+	return fault.New(fault.NotFound, "TURN_NOT_FOUND", "there is no turn %q", id)
+}
+
 // get is Get for who is known to see the session.
 func (s *Service) get(ctx context.Context, ref Ref) (Turn, error) {
 	stored, err := s.cfg.Store.GetTurn(ctx, ref.ID)
@@ -224,7 +240,7 @@ func (s *Service) get(ctx context.Context, ref Ref) (Turn, error) {
 		return Turn{}, err
 	}
 	if stored.Session != ref.Session {
-		return Turn{}, fault.New(fault.NotFound, "TURN_NOT_FOUND", "there is no turn %q", ref.ID)
+		return Turn{}, errNoTurn(ref.ID)
 	}
 	return s.present(stored), nil
 }
@@ -296,9 +312,8 @@ type Cancellation struct {
 // queue, one that runs is aborted. One that has ended is returned as it is. The end goes
 // on when ctx ends first.
 func (s *Service) Cancel(ctx context.Context, ref Ref, c Cancellation) (Turn, error) {
-	t, err := s.Get(ctx, ref)
-	if err != nil {
-		return t, err // what is not there is not worth remembering
+	if err := s.check(ctx, ref); err != nil {
+		return Turn{}, err // what is not there is not worth remembering
 	}
 	if err := s.requests.Note(ctx, c.Key, ref.ID); err != nil {
 		return Turn{}, err
@@ -358,36 +373,18 @@ func (s *Service) assign(ctx context.Context, session string, page []agent.Messa
 		prompt := page[i].Prompt
 		id, ok := known[prompt]
 		if !ok {
-			id = turnOf(prompt)
-			if id != "" {
-				t, err := s.cfg.Store.GetTurn(ctx, id)
-				if err != nil && fault.KindOf(err) != fault.NotFound {
-					return err
-				}
-				if err != nil || t.Session != session {
-					id = ""
-				}
+			home, err := s.cfg.Store.TurnSession(ctx, prompt)
+			if err != nil && fault.KindOf(err) != fault.NotFound {
+				return err
+			}
+			if err == nil && home == session {
+				id = prompt
 			}
 			known[prompt] = id
 		}
 		page[i].Prompt = id
 	}
 	return nil
-}
-
-// promptPrefix stands before a turn's ID where an agent is told it: some know messages
-// by how they begin.
-const promptPrefix = "msg_"
-
-func promptID(turnID string) string { return promptPrefix + turnID }
-
-// turnOf is the inverse of promptID; "" for what is none.
-func turnOf(promptID string) string {
-	id, ok := strings.CutPrefix(promptID, promptPrefix)
-	if _, err := ulid.ParseStrict(strings.ToUpper(id)); !ok || err != nil {
-		return ""
-	}
-	return id
 }
 
 // Drain refuses new prompts from now on.

@@ -48,7 +48,7 @@ func TestTurn(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 		given := w.agent.Given[0]
-		if given.ID != "msg_"+made.ID || given.Text != "hello" || given.Author != "Ann" || given.Model.Model != "other" ||
+		if given.ID != made.ID || given.Text != "hello" || given.Author != "Ann" || given.Model.Model != "other" ||
 			len(given.Attachments) != 2 || string(given.Attachments[0].Data) != "\x01\x02" || given.Attachments[0].MediaType != "image/png" {
 			t.Errorf("%+v", given)
 		}
@@ -465,11 +465,11 @@ func TestMessages(t *testing.T) {
 		s.Attach("s1", w.agent)
 		ref := send(t, s, "a")
 		wait(t, s, ref)
-		const foreign = "msg_01hzzzzzzzzzzzzzzzzzzzzzzz"
+		const foreign = "01hzzzzzzzzzzzzzzzzzzzzzzz"
 		w.agent.Said = []agent.Message{
 			{ID: foreign, Prompt: foreign, FromUser: true, Text: "from before the fork"},
-			{ID: "msg_" + ref.ID, Prompt: "msg_" + ref.ID, FromUser: true, Text: "a"},
-			{ID: "msg_x", Prompt: "msg_" + ref.ID, Text: "b"}, {ID: "odd", Prompt: "odd"},
+			{ID: ref.ID, Prompt: ref.ID, FromUser: true, Text: "a"},
+			{ID: "msg_x", Prompt: ref.ID, Text: "b"}, {ID: "odd", Prompt: "odd"},
 		}
 		all, err := s.Messages(t.Context(), "s1", ann, "", 3)
 		if err != nil || len(all) != 3 || all[0].Prompt != "" || all[1].Prompt != ref.ID || all[2].Prompt != ref.ID {
@@ -479,5 +479,28 @@ func TestMessages(t *testing.T) {
 		if err != nil || len(rest) != 1 || rest[0].ID != "odd" || rest[0].Prompt != "" {
 			t.Errorf("%+v, %v", rest, err)
 		}
+	})
+}
+
+// TestBusyAgent: what is left of something before does not get in the way of a prompt.
+func TestBusyAgent(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		w := newWorld(t, slow(), turntest.Script{})
+		w.agent.Scripts[0].Steps[1].After = time.Hour
+		s := w.started()
+		ref := send(t, s, "a")
+		synctest.Wait()
+		// The first one is given up, while the agent is at it.
+		w.agent.Set(func(a *turntest.Agent) { a.AbortErr = errors.New("away") })
+		if one, err := s.Cancel(t.Context(), ref, turn.Cancellation{By: "ann"}); err != nil || one.Result.Outcome != agent.Lost {
+			t.Fatalf("%+v, %v", one.Result, err)
+		}
+		ref = send(t, s, "b")
+		time.Sleep(10 * time.Second)
+		w.agent.Set(func(a *turntest.Agent) { a.AbortErr = nil })
+		if one := wait(t, s, ref); one.Result.Outcome != agent.Completed {
+			t.Errorf("%+v", one.Result)
+		}
+		equal(t, log(t, s, ref, nil), "started", "running m", "result COMPLETED")
 	})
 }

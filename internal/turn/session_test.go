@@ -184,3 +184,30 @@ func TestRetention(t *testing.T) {
 		}
 	})
 }
+
+// TestJoinIsTriedAgain: an agent that is on its way is waited for; one that stays away is
+// lost.
+func TestJoinIsTriedAgain(t *testing.T) {
+	for _, back := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			w := newWorld(t, slow())
+			s := w.started()
+			ref := send(t, s, "a")
+			time.Sleep(time.Second)
+			w.agent.Set(func(a *turntest.Agent) { a.JoinErr = errors.New("connection refused") })
+			s.Attach("s1", w.agent)
+			time.Sleep(30 * time.Second)
+			want := agent.Lost
+			if back {
+				w.agent.Set(func(a *turntest.Agent) { a.JoinErr = nil })
+				want = agent.Completed
+			}
+			if one := wait(t, s, ref); one.Result.Outcome != want {
+				t.Errorf("%+v", one.Result)
+			}
+			if back {
+				equal(t, log(t, s, ref, nil), "started", "running m", "one", "two", "cost 5", "result COMPLETED")
+			}
+		})
+	}
+}

@@ -25,6 +25,8 @@ type Store interface {
 	// GetTurn reads one, without the data of its attachments. A fault NotFound
 	// (TURN_NOT_FOUND).
 	GetTurn(ctx context.Context, id string) (Turn, error)
+	// TurnSession returns the session of a turn. A fault NotFound (TURN_NOT_FOUND).
+	TurnSession(ctx context.Context, id string) (string, error)
 	// GetPrompt reads the whole prompt of a turn. A fault NotFound (TURN_NOT_FOUND).
 	GetPrompt(ctx context.Context, id string) (Prompt, error)
 	// ListTurns reads a page, the newest first; of the texts and patches only the beginning.

@@ -19,8 +19,9 @@ import (
 const (
 	// MaxWaiting is how many prompts of a session may wait.
 	MaxWaiting = 100
-	// MaxText and MaxAttachments bound a prompt: its text, and all its attachments with it.
-	MaxText        = 1 << 20
+	// MaxText bounds the text of a prompt.
+	MaxText = 1 << 20
+	// MaxAttachments bounds all its attachments together with its text.
 	MaxAttachments = 3 << 20
 	// DefaultTimeout is how long a turn may take whose session says nothing else.
 	DefaultTimeout = 3600 * time.Second

@@ -20,7 +20,7 @@ type Watcher struct {
 // Watch follows a turn from behind a cursor on; nil is its start. Faults: NotFound,
 // OutOfRange (CURSOR_IN_FUTURE).
 func (s *Service) Watch(ctx context.Context, ref Ref, after *journal.Cursor) (*Watcher, error) {
-	if _, err := s.Get(ctx, ref); err != nil {
+	if err := s.check(ctx, ref); err != nil {
 		return nil, err
 	}
 	w, err := s.journals.Watch(ref.ID, after)

@@ -32,6 +32,7 @@ type guarded struct {
 func startGuarded(t *testing.T, flags ...string) *guarded {
 	t.Helper()
 	needRoot(t)
+	_ = engineFlags(t)
 	dir, err := os.MkdirTemp("", "xd-")
 	if err != nil {
 		t.Fatal(err)

@@ -65,10 +65,10 @@ func TestCLI(t *testing.T) {
 		}
 	})
 	t.Run("doctor and info", func(t *testing.T) {
-		if out, stderr, _ := d.ctl("doctor"); !strings.Contains(out, "language.python") || !strings.Contains(out, "limit.memory") {
+		if out, stderr, _ := d.ctl("doctor"); !strings.Contains(out, "network.none") || !strings.Contains(out, "limit.memory") {
 			t.Errorf("doctor says %s%s", out, stderr)
 		}
-		if out, stderr, code := d.ctl("admin", "info"); code != 0 || !strings.Contains(out, "local") {
+		if out, stderr, code := d.ctl("admin", "info"); code != 0 || !strings.Contains(out, "engine "+engineName()) {
 			t.Errorf("code %d: %s%s", code, out, stderr)
 		}
 	})

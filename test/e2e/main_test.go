@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/client"
+	executorv1 "github.com/harvest-run/executord/gen/harvest/executor/v1"
 )
 
 // binaries is where TestMain puts what it built.
@@ -35,14 +36,27 @@ func run(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
+	built := os.Getenv(builtIn)
 	// An ordinary user's executord is tested too and must reach the binaries.
-	if err := errors.Join(os.Chmod(dir, 0o755), build(dir)); err != nil {
-		fmt.Fprintln(os.Stderr, err)
+	if built == "" {
+		built = dir
+		if err := errors.Join(os.Chmod(dir, 0o755), build(dir)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	binaries = built
+	before := traces()
+	stopModal, err := startModal(built)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, errors.Join(err, stopModal()))
 		return 1
 	}
-	binaries = dir
-	before := traces()
 	code := m.Run()
+	if err := errors.Join(leftAtModal(), stopModal()); err != nil {
+		fmt.Fprintln(os.Stderr, "Modal:", err)
+		code = max(code, 1)
+	}
 	if code == 0 {
 		if left := waitClean(before); len(left) > 0 {
 			fmt.Fprintf(os.Stderr, "left behind after all tests:\n%s\n", strings.Join(left, "\n"))
@@ -61,7 +75,7 @@ func build(dir string) error {
 	guest := filepath.Join(root, "internal/guestbinary/bin/executor-guest")
 	for _, args := range [][]string{
 		{"-ldflags", "-s -w", "-o", guest, "./cmd/executor-guest"},
-		{"-o", dir + "/", "./cmd/executord", "./cmd/executorctl"},
+		{"-o", dir + "/", "./cmd/executord", "./cmd/executorctl", "./internal/engine/modal/modaltest/fakemodal"},
 	} {
 		cmd := exec.Command("go", append([]string{"build", "-trimpath"}, args...)...)
 		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
@@ -162,6 +176,7 @@ func start(t *testing.T, flags ...string) *daemon {
 
 func startAs(t *testing.T, user *syscall.Credential, flags ...string) *daemon {
 	t.Helper()
+	engine := engineFlags(t)
 	// Not t.TempDir: its path is too long for a socket and closed to other users.
 	dir, err := os.MkdirTemp("", "xd-")
 	if err != nil {
@@ -177,7 +192,7 @@ func startAs(t *testing.T, user *syscall.Credential, flags ...string) *daemon {
 		t.Fatal(err)
 	}
 	claim(filepath.Join(dir, "state"))
-	d := &daemon{t: t, dir: dir, user: user, flags: flags, log: log}
+	d := &daemon{t: t, dir: dir, user: user, flags: append(engine, flags...), log: log}
 	d.up()
 	t.Cleanup(func() {
 		d.stop(syscall.SIGTERM)
@@ -214,6 +229,7 @@ func (d *daemon) up() {
 	cmd := exec.Command(filepath.Join(binaries, "executord"), args...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	cmd.Env = []string{"PATH=/usr/bin:/bin", "HOME=" + d.dir, "DAEMON_CANARY=daemon-secret-7141"}
+	cmd.Env = append(cmd.Env, modalEnv...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: d.user}
 	if err := cmd.Start(); err != nil {
 		d.t.Fatal(err)
@@ -240,6 +256,24 @@ func (d *daemon) up() {
 		}
 	}
 	d.t.Fatal("executord does not answer")
+}
+
+// running waits until an execution runs.
+func (d *daemon) running(name string) {
+	d.t.Helper()
+	c := d.client()
+	defer c.Close()
+	for range 1200 {
+		got, err := c.Executor().GetExecution(d.t.Context(), &executorv1.GetExecutionRequest{Name: name})
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		if got.GetExecution().GetState() >= executorv1.Execution_STATE_RUNNING {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	d.t.Fatalf("%s does not run", name)
 }
 
 // kill ends the process as kill -9 does and waits until it is gone.

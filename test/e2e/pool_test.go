@@ -17,6 +17,9 @@ import (
 // sandboxes names those of a daemon.
 func (d *daemon) sandboxes() []string {
 	d.t.Helper()
+	if os.Getenv(onModal) != "" {
+		return d.atModal()
+	}
 	entries, err := os.ReadDir(filepath.Join(d.dir, "state/local/sandboxes"))
 	if err != nil {
 		d.t.Fatal(err)

@@ -45,6 +45,7 @@ func TestKillWhileRunning(t *testing.T) {
 	var followed sync.WaitGroup
 	var followErr error
 	followed.Go(func() { followErr = k.follow(s) })
+	d.running(s.Name()) // what has not begun when executord is killed does not begin
 	for range repetitions(t, 6) {
 		time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
 		d.kill()

@@ -181,8 +181,9 @@ func (a api) abort(ctx context.Context, id string) error {
 	return a.do(ctx, http.MethodPost, "/session/"+id+"/abort", nil, nil)
 }
 
-func (a api) message(ctx context.Context, id, message string) (m stored, err error) {
-	return m, a.do(ctx, http.MethodGet, "/session/"+id+"/message/"+message, nil, &m)
+// has returns nil if a conversation has this message; 404 if not.
+func (a api) has(ctx context.Context, id, message string) error {
+	return a.do(ctx, http.MethodGet, "/session/"+id+"/message/"+message, nil, nil)
 }
 
 // messages are the newest of a conversation, the oldest of them first; all if limit is 0.

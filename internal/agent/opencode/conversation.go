@@ -67,6 +67,7 @@ func (s *Server) NewConversation(ctx context.Context, cfg ConversationConfig) (*
 		return nil, fmt.Errorf("begin a conversation: %w", err)
 	}
 	c.id = made.ID
+	s.wantTools(c.cfg.Directory)
 	return c, nil
 }
 
@@ -77,6 +78,7 @@ func (s *Server) Resume(ctx context.Context, id string, cfg ConversationConfig) 
 		return nil, fmt.Errorf("go on with conversation %s: %w", id, err)
 	}
 	c.id = id
+	s.wantTools(c.cfg.Directory)
 	return c, nil
 }
 
@@ -98,7 +100,7 @@ func (c *Conversation) Prompt(ctx context.Context, p agent.Prompt, tell func(age
 		return agent.Outcome{}, err
 	}
 	defer c.finish(t)
-	switch _, err := c.api.message(ctx, c.id, t.message); {
+	switch err := c.api.has(ctx, c.id, t.message); {
 	case err == nil:
 		return t.follow(ctx, nil)
 	case !isStatus(err, http.StatusNotFound):
@@ -126,9 +128,8 @@ func (c *Conversation) reachable(ctx context.Context, err error) error {
 	ctx, stop := context.WithTimeoutCause(ctx, startTime, err)
 	defer stop()
 	for {
-		_, _, lost, _ := c.server.now()
-		if lost != nil {
-			return lost
+		if now := c.server.now(); now.lost != nil {
+			return now.lost
 		}
 		if _, err := c.server.Health(ctx); err == nil {
 			return nil
@@ -151,7 +152,7 @@ func (c *Conversation) Join(ctx context.Context, promptID string, before iter.Se
 	if err := c.reachable(ctx, errors.New("the agent does not answer")); err != nil {
 		return agent.Outcome{}, err
 	}
-	if _, err := c.api.message(ctx, c.id, t.message); err != nil {
+	if err := c.api.has(ctx, c.id, t.message); err != nil {
 		if isStatus(err, http.StatusNotFound) {
 			return agent.Outcome{}, agent.ErrNoPrompt
 		}
@@ -235,7 +236,7 @@ func (c *Conversation) Abort(ctx context.Context) error {
 		if err == nil {
 			busy, err = c.api.busy(ctx)
 		}
-		if _, _, lost, _ := c.server.now(); lost != nil {
+		if c.server.now().lost != nil {
 			return nil
 		}
 		if ctx.Err() != nil {

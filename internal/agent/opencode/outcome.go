@@ -47,12 +47,16 @@ func (t *turn) outcome(own []stored, e end) agent.Outcome {
 		}
 		return fail(agent.Error{Name: "UnknownError", Message: text})
 	case broken != nil && broken.Name == "MessageAbortedError",
-		broken == nil && last.Info.Finish == "":
+		broken == nil && last.Info.Finish == "" && (complete || t.aborted.Load()) && e.refused == nil:
 		out.Kind, out.Detail = agent.Aborted, "aborted"
 	case broken != nil:
 		return fail(broken.plain())
 	case e.refused != nil && len(x.errors) > 0:
 		return fail(x.errors[0])
+	case e.refused != nil:
+		return fail(agent.Error{Name: "UnknownError", Message: e.refused.Error()})
+	case last.Info.Finish == "":
+		return fail(agent.Error{Name: "UnknownError", Message: "the agent stopped and did not say why", Retryable: true})
 	case last.Info.Finish == "length":
 		out.Kind, out.Detail = agent.Truncated, "the model's answer reached its greatest length"
 	case refused(*last) != "":

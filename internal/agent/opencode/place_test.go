@@ -3,7 +3,6 @@ package opencode
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -27,7 +26,6 @@ type hostPlace struct {
 	running map[string]*hostProcess
 	conns   map[*hostConn]bool
 	last    Process
-	refuse  bool // connections are refused
 }
 
 type hostProcess struct {
@@ -41,7 +39,6 @@ type hostProcess struct {
 type hostConn struct {
 	net.Conn
 	place  *hostPlace
-	once   sync.Once
 	stream bool // guarded by place.mu: it carries events
 }
 
@@ -86,12 +83,6 @@ func (h *hostPlace) Run(ctx context.Context, args []string) ([]byte, error) {
 }
 
 func (h *hostPlace) Dial(ctx context.Context, port uint16) (net.Conn, error) {
-	h.mu.Lock()
-	refuse := h.refuse
-	h.mu.Unlock()
-	if refuse {
-		return nil, errors.New("refused by the test")
-	}
 	c, err := new(net.Dialer).DialContext(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", port))
 	if err != nil {
 		return nil, err
@@ -132,12 +123,6 @@ func (h *hostPlace) cut(all bool) {
 	for _, c := range cut {
 		c.Conn.Close()
 	}
-}
-
-func (h *hostPlace) setRefuse(refuse bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.refuse = refuse
 }
 
 // processes are those that were started here, but for OpenCode's own if others is set.

@@ -53,7 +53,7 @@ func TestRecorded(t *testing.T) {
 	}
 	var all []*follower
 	for {
-		line, err := readLine(lines, lineLimit)
+		line, err := readLine(lines)
 		if err != nil {
 			break
 		}
@@ -108,11 +108,10 @@ func TestRecordedTwice(t *testing.T) {
 	type turn struct {
 		x    *translation
 		told []agent.Event
-		n    int
 	}
 	turns := make(map[string]*turn)
 	for {
-		line, err := readLine(lines, lineLimit)
+		line, err := readLine(lines)
 		if err != nil {
 			break
 		}
@@ -149,7 +148,7 @@ func TestRecordedTwice(t *testing.T) {
 func FuzzEvents(f *testing.F) {
 	lines := bufio.NewReader(unzip(f, "recorded.jsonl.gz"))
 	for n := 0; ; n++ {
-		line, err := readLine(lines, lineLimit)
+		line, err := readLine(lines)
 		if err != nil {
 			break
 		}

@@ -8,6 +8,7 @@
 package opencode
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -87,6 +88,8 @@ type Server struct {
 	hub    *hub
 	stop   context.CancelCauseFunc
 	owned  sync.WaitGroup
+	// warmer has a token when servers of tools are wanted.
+	warmer chan struct{}
 
 	mu sync.Mutex
 	// what follows is guarded by mu
@@ -97,6 +100,7 @@ type Server struct {
 	died       string
 	lost       error
 	status     Status
+	directory  string        // of the newest conversation
 	changed    chan struct{} // closed when one of these changes
 }
 
@@ -131,9 +135,10 @@ func Start(ctx context.Context, cfg Config) (*Server, error) {
 	}
 	own, stop := context.WithCancelCause(context.WithoutCancel(ctx))
 	s.stop = stop
+	s.warmer = make(chan struct{}, 1)
+	s.owned.Go(func() { s.warm(own) })
 	s.owned.Go(func() { s.supervise(own) })
 	s.owned.Go(func() { s.hub.run(own, s.isUp, func(err error, since time.Duration) { s.deaf(own, err, since) }) })
-	s.owned.Go(func() { s.warm(own) })
 	return s, nil
 }
 
@@ -170,10 +175,14 @@ func (s *Server) Status() Status {
 	return status
 }
 
-// MCP asks for the state of the servers of tools. It starts those of the directory that do
-// not run yet, and waits for them.
+// MCP asks for the state of the servers of tools. It starts those that do not run yet, and
+// waits for them. OpenCode has them for each directory anew: it is asked about that of the
+// newest conversation.
 func (s *Server) MCP(ctx context.Context) ([]MCP, error) {
-	found, err := s.client.mcp(ctx, s.cfg.Dir)
+	s.mu.Lock()
+	directory := cmp.Or(s.directory, s.cfg.Dir)
+	s.mu.Unlock()
+	found, err := s.client.mcp(ctx, directory)
 	if err != nil {
 		return nil, err
 	}
@@ -186,10 +195,31 @@ func (s *Server) MCP(ctx context.Context) ([]MCP, error) {
 	return slices.Clone(list), nil
 }
 
-// warm has the servers of tools started before the first prompt needs them.
+// wantTools has the servers of tools of a directory started before a prompt needs them; ""
+// is the one that it was.
+func (s *Server) wantTools(directory string) {
+	s.mu.Lock()
+	if directory != "" {
+		s.directory = directory
+	}
+	s.mu.Unlock()
+	select {
+	case s.warmer <- struct{}{}:
+	default:
+	}
+}
+
+// warm starts servers of tools when they are wanted.
 func (s *Server) warm(ctx context.Context) {
-	if _, err := s.MCP(ctx); err != nil && ctx.Err() == nil {
-		s.cfg.Logger.WarnContext(ctx, "the agent's tools were not asked", "error", err)
+	for {
+		select {
+		case <-s.warmer:
+		case <-ctx.Done():
+			return
+		}
+		if _, err := s.MCP(ctx); err != nil && ctx.Err() == nil {
+			s.cfg.Logger.WarnContext(ctx, "the agent's tools were not asked", "error", err)
+		}
 	}
 }
 
@@ -211,12 +241,20 @@ func (s *Server) tell(change func(*Status)) {
 	s.cfg.Tell(status)
 }
 
-// now tells which start this is, how the one before ended, and whether there is none any
-// more.
-func (s *Server) now() (generation int, died string, lost error, changed <-chan struct{}) {
+// life is which start of OpenCode this is.
+type life struct {
+	generation int
+	// died is how the one before ended; lost is why there will be none any more.
+	died string
+	lost error
+	// changed is closed when that changes.
+	changed <-chan struct{}
+}
+
+func (s *Server) now() life {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.generation, s.died, s.lost, s.changed
+	return life{s.generation, s.died, s.lost, s.changed}
 }
 
 // isUp waits until it answers; false if that will not be.
@@ -277,7 +315,7 @@ func (s *Server) supervise(ctx context.Context) {
 			}
 			return
 		}
-		s.owned.Go(func() { s.warm(ctx) })
+		s.wantTools("")
 	}
 }
 

@@ -234,7 +234,7 @@ func (h *hub) read(ctx context.Context) error {
 	defer response.Body.Close()
 	lines := bufio.NewReaderSize(response.Body, 64<<10)
 	for {
-		line, err := readLine(lines, lineLimit)
+		line, err := readLine(lines)
 		if err != nil {
 			return errors.Join(err, context.Cause(ctx))
 		}
@@ -256,8 +256,8 @@ func (h *hub) read(ctx context.Context) error {
 	}
 }
 
-// readLine reads a line of at most this many bytes.
-func readLine(r *bufio.Reader, limit int) ([]byte, error) {
+// readLine reads a line of at most lineLimit bytes.
+func readLine(r *bufio.Reader) ([]byte, error) {
 	var long []byte
 	for {
 		line, err := r.ReadSlice('\n')
@@ -272,8 +272,8 @@ func readLine(r *bufio.Reader, limit int) ([]byte, error) {
 			}
 			return nil, err
 		}
-		if long = append(long, line...); len(long) > limit {
-			return nil, fmt.Errorf("an event of more than %d bytes", limit)
+		if long = append(long, line...); len(long) > lineLimit {
+			return nil, fmt.Errorf("an event of more than %d bytes", lineLimit)
 		}
 	}
 }

@@ -15,6 +15,9 @@ import (
 const (
 	// drainTime is how long a turn that is over is waited for to say so in its events.
 	drainTime = 300 * time.Millisecond
+	// refusedTime is how long the reason why a prompt was refused is waited for: it comes as
+	// an event, and not with the answer.
+	refusedTime = 5 * time.Second
 	// holdTime is how long a request waits for the tool call that it is about.
 	holdTime = 200 * time.Millisecond
 	// pollTime is between two looks at a turn whose own answer cannot be had.
@@ -63,9 +66,9 @@ func (t *turn) follow(ctx context.Context, body map[string]any) (agent.Outcome, 
 	if err := hub.wait(ctx); err != nil {
 		return agent.Outcome{}, err
 	}
-	generation, _, lost, _ := c.server.now()
-	if lost != nil {
-		return agent.Outcome{}, lost
+	begun := c.server.now()
+	if begun.lost != nil {
+		return agent.Outcome{}, begun.lost
 	}
 	t.events = hub.subscribe(c.id)
 	defer t.events.close()
@@ -76,7 +79,7 @@ func (t *turn) follow(ctx context.Context, body map[string]any) (agent.Outcome, 
 	ended := make(chan end, 1)
 	following, stop := context.WithCancelCause(ctx)
 	var waiter sync.WaitGroup
-	waiter.Go(func() { ended <- t.await(following, generation, body) })
+	waiter.Go(func() { ended <- t.await(following, begun.generation, body) })
 	defer waiter.Wait()
 	defer stop(errors.New("not followed any more"))
 
@@ -196,12 +199,12 @@ func answered(list []stored, prompt string) bool {
 // poll returns when the conversation is idle.
 func (t *turn) poll(ctx context.Context, generation int) end {
 	for first := true; ; first = false {
-		now, died, lost, changed := t.c.server.now()
-		if lost != nil {
-			return end{err: lost}
+		now := t.c.server.now()
+		if now.lost != nil {
+			return end{err: now.lost}
 		}
-		if now != generation {
-			return end{restarted: true, how: died}
+		if now.generation != generation {
+			return end{restarted: true, how: now.died}
 		}
 		if busy, err := t.c.api.busy(ctx); err == nil {
 			if _, is := busy[t.c.id]; !is {
@@ -214,7 +217,7 @@ func (t *turn) poll(ctx context.Context, generation int) end {
 		}
 		select {
 		case <-time.After(wait):
-		case <-changed:
+		case <-now.changed:
 		case <-ctx.Done():
 			return end{err: context.Cause(ctx)}
 		}
@@ -318,8 +321,18 @@ func (t *turn) conclude(ctx context.Context, e end) (agent.Outcome, error) {
 	}
 	x := t.translation
 	root := x.thread(x.root)
-	deadline := time.After(drainTime)
-	for waiting := true; waiting && !e.restarted && !(e.final != "" && root.done[e.final] && root.idle > 0); {
+	limit := drainTime
+	if e.refused != nil {
+		limit = refusedTime
+	}
+	deadline := time.After(limit)
+	told := func() bool {
+		if e.refused != nil {
+			return len(x.errors) > 0
+		}
+		return e.restarted || e.final != "" && root.done[e.final] && root.idle > 0
+	}
+	for waiting := true; waiting && !told(); {
 		select {
 		case <-t.events.ready:
 			t.drain(ctx)

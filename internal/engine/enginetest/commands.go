@@ -16,11 +16,13 @@ func commandCases() []testCase {
 	return []testCase{
 		{"a command gets its environment and no other", environmentIsExact},
 		{"a command finds what programs expect", surroundings},
+		{"a sandbox is called by its id", hostName},
 		{"a command can become another user", otherUsers},
 		{"output is byte-exact", outputIsExact},
 		{"a big file lasts between commands and restarts", filesLast},
 		{"a source file may be binary", binarySource},
 		{"two sandboxes do not see each other", apart},
+		{"the end of everything in a sandbox is not that of its guest", killEverything},
 		{"what is idle is told from what works", idleness},
 	}
 }
@@ -45,7 +47,6 @@ func surroundings(t *testing.T, h *house) {
 		"user":              {"id -u; id -g; id -un", "0\n0\nroot"},
 		"umask":             {"umask", "0022"},
 		"standard input":    {"wc -c", "0"},
-		"host name":         {"hostname", "around"},
 		"temporary files":   {"stat -c %a /tmp; f=$(mktemp); echo x > $f; cat $f", "1777\nx"},
 		"home":              {"echo x > ~/file; cat /root/file", "x"},
 		"shared memory":     {"echo x > /dev/shm/x; cat /dev/shm/x", "x"},
@@ -66,6 +67,12 @@ func surroundings(t *testing.T, h *house) {
 				t.Errorf("%s: %v, want %q", c.script, out, c.want)
 			}
 		})
+	}
+}
+
+func hostName(t *testing.T, h *house) {
+	if got := h.create("called", engine.Limits{}).sh("hostname"); got != "called" {
+		t.Errorf("the host name is %q", got)
 	}
 }
 
@@ -182,6 +189,12 @@ for family, address in (socket.AF_INET, ("127.0.0.1", 7777)), (socket.AF_UNIX, "
 	if !exited(out, 0) || len(out.stdout) > 0 {
 		t.Errorf("b reaches a: %v", out)
 	}
+	b.answers()
+}
+
+func killEverything(t *testing.T, h *house) {
+	a, b := h.create("a", engine.Limits{}), h.create("b", engine.Limits{})
+	a.begin("listen", "sleep", "1000")
 	// The number of the other's process means nothing here.
 	if out := b.run("bash", "-c", "kill -KILL -1"); out.exit.GetStatus() == nil {
 		t.Errorf("kill everything in b: %v", out)

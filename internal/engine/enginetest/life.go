@@ -295,13 +295,13 @@ func parallelCreates(t *testing.T, h *house) {
 			boxes[i] = sb
 			guest := guestclient.New(sb)
 			defer guest.Close()
-			if _, err := guest.Start(ctx, request("say", "hostname")); err != nil {
+			if _, err := guest.Start(ctx, request("say", "bash", "-c", "echo "+id+" >> /workspace/who; sleep 0.2; cat /workspace/who")); err != nil {
 				t.Errorf("start in %s: %v", id, err)
 				return
 			}
 			out, err := follow(ctx, guest, "say")
 			if err != nil || !exited(out, 0) || string(out.stdout) != id+"\n" {
-				t.Errorf("hostname in %s: %v, %v", id, out, err)
+				t.Errorf("who is in %s: %v, %v", id, out, err)
 			}
 		})
 	}

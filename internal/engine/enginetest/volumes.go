@@ -18,6 +18,7 @@ func volumeCases() []testCase {
 		{"a volume is no part of a snapshot", volumeNotInSnapshot},
 		{"a deleted volume is gone", volumeDeleted},
 		{"a sandbox has several volumes", volumesSeveral},
+		{"files of volumes give nobody's rights", volumesWithoutRights},
 		{"what no volume can be is refused", volumesRefused},
 		{"a sandbox tells how long it lives", deadline},
 	}
@@ -140,6 +141,10 @@ func volumesSeveral(t *testing.T, h *house) {
 			t.Errorf("%s: %q", m.Path, got)
 		}
 	}
+}
+
+func volumesWithoutRights(t *testing.T, h *house) {
+	a := h.make(engine.Spec{ID: "vol-a", Volumes: mounted(h.volume("rights"), "/workspace/a")})
 	// A file of a volume can become no device and gives nobody's rights.
 	out := a.run("bash", "-c", "findmnt -no OPTIONS /workspace/a || grep ' /workspace/a ' /proc/mounts")
 	if options := string(out.stdout); !strings.Contains(options, "nosuid") || !strings.Contains(options, "nodev") {

@@ -34,6 +34,8 @@ type Config struct {
 	// DpkgStatus is the host's /var/lib/dpkg/status, for an engine whose sandboxes see the
 	// host's /usr: apt must know what is there. Empty where a sandbox has its own.
 	DpkgStatus []byte
+	// Key stands for what sandboxes see of the host beside that: another Key is another image.
+	Key string
 	// NoAVX2 takes the OpenCode for processors without AVX2.
 	NoAVX2 bool
 	// DebianMirror and NpmRegistry are URLs; "" for the projects' own.
@@ -92,7 +94,7 @@ func Recipe(cfg Config) (image.Recipe, error) {
 	if cfg.Cache == "" {
 		r.Network = egress.Policy{Mode: engine.NetworkEgress, Rules: append(rules(cfg), cfg.Allow...)}
 	}
-	packages := image.Step{Name: "system packages", Script: packagesScript, Env: env, Timeout: 30 * time.Minute}
+	packages := image.Step{Name: "system packages", Script: packagesScript, Env: env, Timeout: 30 * time.Minute, Key: cfg.Key}
 	if len(cfg.DpkgStatus) > 0 {
 		packages.Files = []guestfiles.File{{Path: "/var/lib/dpkg/status", Data: cfg.DpkgStatus}}
 	}
@@ -167,8 +169,8 @@ func encode(v any) ([]byte, error) {
 
 // Linked is the recipe of an image like base that fetches nothing: what base installs from
 // npm lies in a directory that the sandbox sees at the same path, and is linked instead; all
-// else is the host's. It is an error if what lies there is not what base would install now.
-func Linked(dir string) (image.Recipe, error) {
+// else is the host's. key is as Config's. It is an error if what lies there is not what base would install now.
+func Linked(dir, key string) (image.Recipe, error) {
 	if got, err := os.ReadFile(filepath.Join(dir, "package-lock.json")); err != nil || !bytes.Equal(got, lock) {
 		return image.Recipe{}, fmt.Errorf("%s has not what the lock file of image %s asks for: install it there with npm ci: %w", dir, Name, cmp.Or(err, errOther))
 	}
@@ -181,7 +183,7 @@ func Linked(dir string) (image.Recipe, error) {
 		Name: Name, Network: egress.Policy{Mode: engine.NetworkNone},
 		Steps: []image.Step{
 			{
-				Name: "links", Key: hex.EncodeToString(sum[:]), Env: []string{"CACHE=" + dir},
+				Name: "links", Key: hex.EncodeToString(sum[:]) + key, Env: []string{"CACHE=" + dir},
 				Script: "mkdir -p " + config.Tools + "\nln -sfn \"$CACHE/node_modules\" " + config.Tools + "/node_modules\n" + toolsLinks(),
 			},
 			{Name: "configuration", Script: config.Script(), Files: settings},

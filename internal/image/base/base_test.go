@@ -101,7 +101,7 @@ func TestRecipe(t *testing.T) {
 		t.Errorf("%v", hosts(own.Network))
 	}
 	hashes := map[string]bool{plain.Hash(): true, own.Hash(): true}
-	for _, cfg := range []base.Config{{DpkgStatus: []byte("x")}, {NoAVX2: true}, {Packages: []string{"hello"}}, {Cache: "/c"}} {
+	for _, cfg := range []base.Config{{DpkgStatus: []byte("x")}, {Key: "k"}, {NoAVX2: true}, {Packages: []string{"hello"}}, {Cache: "/c"}} {
 		r, err := base.Recipe(cfg)
 		if err != nil {
 			t.Fatal(err)

@@ -44,7 +44,7 @@ func newHouse(t *testing.T, extra ...string) house {
 			t.Error(err)
 		}
 	})
-	network, err := egress.New(egress.Config{Max: engine.NetworkEgress, Capable: []engine.Network{engine.NetworkEgress}})
+	network, err := egress.New(egress.Config{Max: engine.NetworkEgress, Capable: map[string][]engine.Network{"local": {engine.NetworkEgress}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,7 +74,7 @@ func cache(t *testing.T) string {
 // start makes a sandbox of the linked image. Its proxy lets nothing through.
 func (h house) start(t *testing.T) (engine.Sandbox, *guestclient.Client, *egress.Proxy) {
 	t.Helper()
-	recipe, err := base.Linked(cache(t))
+	recipe, err := base.Linked(cache(t), "")
 	if err != nil {
 		t.Fatal(err)
 	}

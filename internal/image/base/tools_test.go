@@ -223,7 +223,10 @@ func testOpenCode(t *testing.T, sb engine.Sandbox, client *guestclient.Client, p
 	before := run(t, client, attempts)
 	broken := `{"mcp":{"missing":{"type":"local","command":["/nowhere/x"]},"failing":{"type":"local","command":["false"]},"mute":{"type":"local","command":["sleep","600"],"timeout":2000}}}`
 	env := map[string]string{"OPENCODE_SERVER_PASSWORD": "secret", "OPENCODE_CONFIG_CONTENT": broken}
-	for _, variable := range proxy.Environment(config.Environment()) {
+	for _, variable := range proxy.Environment([]string{ // as internal/agent/opencode starts it
+		"OPENCODE_CONFIG=" + config.Dir + "/opencode.json", "OPENCODE_DISABLE_PROJECT_CONFIG=1", "OPENCODE_DISABLE_MODELS_FETCH=1",
+		"OPENCODE_DISABLE_AUTOUPDATE=1", "OPENCODE_DISABLE_DEFAULT_PLUGINS=1", "OPENCODE_DISABLE_LSP_DOWNLOAD=1",
+	}) {
 		name, value, _ := strings.Cut(variable, "=")
 		env[name] = value
 	}

@@ -53,6 +53,8 @@ type Agent struct {
 	Scripts []Script
 	// AbortErr is what Abort answers, and then it does not abort; AnswerErr what Answer does.
 	AbortErr, AnswerErr error
+	// JoinErr is what Join answers.
+	JoinErr error
 	// Silent lets it stop without telling that it did.
 	Silent bool
 	// Said is what Messages answers.
@@ -100,10 +102,10 @@ func (a *Agent) Prompt(ctx context.Context, p agent.Prompt, tell func(agent.Even
 		a.mu.Unlock()
 		return agent.Outcome{}, fmt.Errorf("prompt %s was given twice", p.ID)
 	}
-	for id, other := range a.prompts {
+	for _, other := range a.prompts {
 		if other.outcome == nil {
 			a.mu.Unlock()
-			return agent.Outcome{}, fmt.Errorf("prompt %s was given while %s runs", p.ID, id)
+			return agent.Outcome{}, agent.ErrBusy
 		}
 	}
 	var script Script
@@ -132,8 +134,11 @@ func (a *Agent) Join(ctx context.Context, promptID string, told iter.Seq[agent.E
 		n++
 	}
 	a.mu.Lock()
-	one := a.prompts[promptID]
+	one, err := a.prompts[promptID], a.JoinErr
 	a.mu.Unlock()
+	if err != nil {
+		return agent.Outcome{}, err
+	}
 	if one == nil {
 		return agent.Outcome{}, agent.ErrNoPrompt
 	}

@@ -307,7 +307,7 @@ func (x Tls_ClientAuth) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Tls_ClientAuth.Descriptor instead.
 func (Tls_ClientAuth) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14, 0}
 }
 
 // Method is a way to show who one is.
@@ -365,7 +365,7 @@ func (x Auth_Method) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Auth_Method.Descriptor instead.
 func (Auth_Method) EnumDescriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14, 0}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15, 0}
 }
 
 // Help is what a person who sets a field is told about it.
@@ -474,6 +474,11 @@ type Config struct {
 	Pool *Pool `protobuf:"bytes,14,opt,name=pool,proto3" json:"pool,omitempty"`
 	// How long what has ended is kept, and how much room it may take.
 	Retention *Retention `protobuf:"bytes,15,opt,name=retention,proto3" json:"retention,omitempty"`
+	// The engine of what names none: "local" or "modal". It is on, whatever its own
+	// enabled says. Default local.
+	Engine string `protobuf:"bytes,16,opt,name=engine,proto3" json:"engine,omitempty"`
+	// The engine modal, which makes sandboxes at modal.com.
+	Modal *Modal `protobuf:"bytes,17,opt,name=modal,proto3" json:"modal,omitempty"`
 	// Credentials that executord adds to requests of sandboxes on the way out.
 	Broker *Broker `protobuf:"bytes,18,opt,name=broker,proto3" json:"broker,omitempty"`
 	// What sessions with repositories and agents get that say nothing else.
@@ -615,6 +620,20 @@ func (x *Config) GetPool() *Pool {
 func (x *Config) GetRetention() *Retention {
 	if x != nil {
 		return x.Retention
+	}
+	return nil
+}
+
+func (x *Config) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *Config) GetModal() *Modal {
+	if x != nil {
+		return x.Modal
 	}
 	return nil
 }
@@ -1169,7 +1188,10 @@ type Local struct {
 	// How many guests are kept ready to become sandboxes: processes in namespaces of their
 	// own that wait, with a range of user ids but without a root file system or limits,
 	// and that end with executord. 0 to 64; 0 keeps none. Default 3.
-	BlankGuests   uint32 `protobuf:"varint,5,opt,name=blank_guests,json=blankGuests,proto3" json:"blank_guests,omitempty"`
+	BlankGuests uint32 `protobuf:"varint,5,opt,name=blank_guests,json=blankGuests,proto3" json:"blank_guests,omitempty"`
+	// Whether this engine is there, also where it is not the default one. What is in its
+	// sandboxes while it is turned off is left alone. Default true.
+	Enabled       bool `protobuf:"varint,6,opt,name=enabled,proto3" json:"enabled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1239,6 +1261,208 @@ func (x *Local) GetBlankGuests() uint32 {
 	return 0
 }
 
+func (x *Local) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+// Modal sets the engine modal. Its credentials are not part of the configuration: they
+// are taken from MODAL_TOKEN_ID and MODAL_TOKEN_SECRET, or from ~/.modal.toml, as Modal's
+// own programs do.
+type Modal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether this engine is there, also where it is not the default one. Default false.
+	Enabled bool `protobuf:"varint,1,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	// The app that sandboxes belong to; it is made if there is none: 1 to 64 characters of
+	// A-Z a-z 0-9 . _ -. Default harvest-agent-executor.
+	App string `protobuf:"bytes,2,opt,name=app,proto3" json:"app,omitempty"`
+	// The environment of Modal's workspace; empty for the one that its own configuration
+	// names.
+	Environment string `protobuf:"bytes,3,opt,name=environment,proto3" json:"environment,omitempty"`
+	// The tag in a registry of the image that sandboxes are made from. It needs sh, and for
+	// code of a language that language. Default debian:13-slim.
+	Image string `protobuf:"bytes,4,opt,name=image,proto3" json:"image,omitempty"`
+	// Dockerfile commands that make the image complete, such as "RUN apt-get update"; at
+	// most 64 of at most 4,096 bytes. COPY from here is not possible. In a variable they are
+	// separated by "|||"; a flag is given once for each. Default, if image is the default:
+	// what installs bash, Python, Node and git; else none.
+	Dockerfile []string `protobuf:"bytes,5,rep,name=dockerfile,proto3" json:"dockerfile,omitempty"`
+	// Regions that sandboxes may run in where a request names none, such as us-east; empty
+	// for any.
+	Regions []string `protobuf:"bytes,6,rep,name=regions,proto3" json:"regions,omitempty"`
+	// What isolates sandboxes where a request says nothing: gvisor or vm; empty for Modal's
+	// own choice.
+	Runtime string `protobuf:"bytes,7,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	// The version of volumes that are made: 1 or 2. Default 2.
+	VolumeVersion uint32 `protobuf:"varint,8,opt,name=volume_version,json=volumeVersion,proto3" json:"volume_version,omitempty"`
+	// How long a sandbox may live of which nobody says how long it is wanted: 1 min to 24 h,
+	// which is Modal's own limit. Default 24 h.
+	Lifetime *durationpb.Duration `protobuf:"bytes,9,opt,name=lifetime,proto3" json:"lifetime,omitempty"`
+	// Sandboxes at Modal at a time, whatever made them: 1 to 100,000. Default 100.
+	MaxSandboxes uint32 `protobuf:"varint,10,opt,name=max_sandboxes,json=maxSandboxes,proto3" json:"max_sandboxes,omitempty"`
+	// Sandboxes that are asked for of Modal within a minute: 1 to 100,000. Default 60.
+	MaxCreatesPerMinute uint32 `protobuf:"varint,11,opt,name=max_creates_per_minute,json=maxCreatesPerMinute,proto3" json:"max_creates_per_minute,omitempty"`
+	// Whether sandboxes may have Modal's own network, which network host stands for: the
+	// Internet, past executord's proxy. Default false.
+	OpenNetwork bool `protobuf:"varint,12,opt,name=open_network,json=openNetwork,proto3" json:"open_network,omitempty"`
+	// What is reached over Modal's own network, as IPv4 prefixes; empty for everything.
+	OutboundCidrs []string `protobuf:"bytes,13,rep,name=outbound_cidrs,json=outboundCidrs,proto3" json:"outbound_cidrs,omitempty"`
+	// Names of Modal's secrets that are needed; executord doctor says which are missing.
+	// Their values stay at Modal. Default harvest-github.
+	Secrets []string `protobuf:"bytes,14,rep,name=secrets,proto3" json:"secrets,omitempty"`
+	// After what time Modal ends a sandbox that nobody talks to, which is one whose
+	// executord has been away for so long: up to 24 h, or 0 for never. Default 1 h.
+	IdleTimeout *durationpb.Duration `protobuf:"bytes,15,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	// Whether Modal keeps a snapshot of each sandbox that ends by itself. Default false.
+	ExitSnapshots bool `protobuf:"varint,16,opt,name=exit_snapshots,json=exitSnapshots,proto3" json:"exit_snapshots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Modal) Reset() {
+	*x = Modal{}
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Modal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Modal) ProtoMessage() {}
+
+func (x *Modal) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Modal.ProtoReflect.Descriptor instead.
+func (*Modal) Descriptor() ([]byte, []int) {
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Modal) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+func (x *Modal) GetApp() string {
+	if x != nil {
+		return x.App
+	}
+	return ""
+}
+
+func (x *Modal) GetEnvironment() string {
+	if x != nil {
+		return x.Environment
+	}
+	return ""
+}
+
+func (x *Modal) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *Modal) GetDockerfile() []string {
+	if x != nil {
+		return x.Dockerfile
+	}
+	return nil
+}
+
+func (x *Modal) GetRegions() []string {
+	if x != nil {
+		return x.Regions
+	}
+	return nil
+}
+
+func (x *Modal) GetRuntime() string {
+	if x != nil {
+		return x.Runtime
+	}
+	return ""
+}
+
+func (x *Modal) GetVolumeVersion() uint32 {
+	if x != nil {
+		return x.VolumeVersion
+	}
+	return 0
+}
+
+func (x *Modal) GetLifetime() *durationpb.Duration {
+	if x != nil {
+		return x.Lifetime
+	}
+	return nil
+}
+
+func (x *Modal) GetMaxSandboxes() uint32 {
+	if x != nil {
+		return x.MaxSandboxes
+	}
+	return 0
+}
+
+func (x *Modal) GetMaxCreatesPerMinute() uint32 {
+	if x != nil {
+		return x.MaxCreatesPerMinute
+	}
+	return 0
+}
+
+func (x *Modal) GetOpenNetwork() bool {
+	if x != nil {
+		return x.OpenNetwork
+	}
+	return false
+}
+
+func (x *Modal) GetOutboundCidrs() []string {
+	if x != nil {
+		return x.OutboundCidrs
+	}
+	return nil
+}
+
+func (x *Modal) GetSecrets() []string {
+	if x != nil {
+		return x.Secrets
+	}
+	return nil
+}
+
+func (x *Modal) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *Modal) GetExitSnapshots() bool {
+	if x != nil {
+		return x.ExitSnapshots
+	}
+	return false
+}
+
 // Admission says how much may run at a time, and what becomes of the rest: it waits in a
 // queue, in the order in which it came, or is refused with RESOURCE_EXHAUSTED. What ran
 // before a restart goes on, also where that is more than the limits.
@@ -1261,7 +1485,7 @@ type Admission struct {
 
 func (x *Admission) Reset() {
 	*x = Admission{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1497,7 @@ func (x *Admission) String() string {
 func (*Admission) ProtoMessage() {}
 
 func (x *Admission) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[10]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1510,7 @@ func (x *Admission) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Admission.ProtoReflect.Descriptor instead.
 func (*Admission) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{10}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Admission) GetMaxRunning() uint32 {
@@ -1323,7 +1547,8 @@ func (x *Admission) GetMaxSandboxes() uint32 {
 type Pool struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How many are kept ready of each kind that is asked for: 0 to 1000; 0 turns the pool
-	// off. Default 2.
+	// off. They are of the default engine. Default 2; 0 where that is modal, which takes
+	// money for them.
 	Size uint32 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
 	// After what time one that nobody needed is replaced by a fresh one: 1 s to 24 h.
 	// Default 10 min.
@@ -1334,7 +1559,7 @@ type Pool struct {
 
 func (x *Pool) Reset() {
 	*x = Pool{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1346,7 +1571,7 @@ func (x *Pool) String() string {
 func (*Pool) ProtoMessage() {}
 
 func (x *Pool) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[11]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1359,7 +1584,7 @@ func (x *Pool) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pool.ProtoReflect.Descriptor instead.
 func (*Pool) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Pool) GetSize() uint32 {
@@ -1398,7 +1623,7 @@ type Retention struct {
 
 func (x *Retention) Reset() {
 	*x = Retention{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1410,7 +1635,7 @@ func (x *Retention) String() string {
 func (*Retention) ProtoMessage() {}
 
 func (x *Retention) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[12]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1423,7 +1648,7 @@ func (x *Retention) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Retention.ProtoReflect.Descriptor instead.
 func (*Retention) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Retention) GetMaxAge() *durationpb.Duration {
@@ -1468,7 +1693,7 @@ type Tls struct {
 
 func (x *Tls) Reset() {
 	*x = Tls{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1480,7 +1705,7 @@ func (x *Tls) String() string {
 func (*Tls) ProtoMessage() {}
 
 func (x *Tls) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[13]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1493,7 +1718,7 @@ func (x *Tls) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tls.ProtoReflect.Descriptor instead.
 func (*Tls) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{13}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Tls) GetCertFile() string {
@@ -1542,7 +1767,7 @@ type Auth struct {
 
 func (x *Auth) Reset() {
 	*x = Auth{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1779,7 @@ func (x *Auth) String() string {
 func (*Auth) ProtoMessage() {}
 
 func (x *Auth) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[14]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1792,7 @@ func (x *Auth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Auth.ProtoReflect.Descriptor instead.
 func (*Auth) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{14}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Auth) GetMethods() []Auth_Method {
@@ -1627,7 +1852,7 @@ type Oidc struct {
 
 func (x *Oidc) Reset() {
 	*x = Oidc{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1639,7 +1864,7 @@ func (x *Oidc) String() string {
 func (*Oidc) ProtoMessage() {}
 
 func (x *Oidc) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[15]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1652,7 +1877,7 @@ func (x *Oidc) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Oidc.ProtoReflect.Descriptor instead.
 func (*Oidc) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{15}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Oidc) GetIssuer() string {
@@ -1728,7 +1953,7 @@ type Certificates struct {
 
 func (x *Certificates) Reset() {
 	*x = Certificates{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1740,7 +1965,7 @@ func (x *Certificates) String() string {
 func (*Certificates) ProtoMessage() {}
 
 func (x *Certificates) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[16]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1753,7 +1978,7 @@ func (x *Certificates) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificates.ProtoReflect.Descriptor instead.
 func (*Certificates) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{16}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Certificates) GetUsers() []string {
@@ -1794,7 +2019,7 @@ type Quotas struct {
 
 func (x *Quotas) Reset() {
 	*x = Quotas{}
-	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1806,7 +2031,7 @@ func (x *Quotas) String() string {
 func (*Quotas) ProtoMessage() {}
 
 func (x *Quotas) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_config_v1_config_proto_msgTypes[17]
+	mi := &file_harvest_config_v1_config_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1819,7 +2044,7 @@ func (x *Quotas) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quotas.ProtoReflect.Descriptor instead.
 func (*Quotas) Descriptor() ([]byte, []int) {
-	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{17}
+	return file_harvest_config_v1_config_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Quotas) GetRunningExecutions() int64 {
@@ -1870,8 +2095,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x04Help\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\tR\x05usage\x12\x18\n" +
 	"\adefault\x18\x02 \x01(\tR\adefault\x12\x1c\n" +
-	"\tseparator\x18\x03 \x01(\tR\tseparator\"\x89\n" +
-	"\n" +
+	"\tseparator\x18\x03 \x01(\tR\tseparator\"\x9c\v\n" +
 	"\x06Config\x12\x8b\x01\n" +
 	"\x06listen\x18\x01 \x01(\tBs\xbaH\x04r\x02 \x01\x8a\xb5\x18h\n" +
 	"VHOST:PORT or unix:/PATH to listen on; beyond loopback only with TLS and authentication\x12\x0e127.0.0.1:7070R\x06listen\x12]\n" +
@@ -1895,7 +2119,10 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\anetwork\x18\f \x01(\v2\x1a.harvest.config.v1.NetworkR\anetwork\x12:\n" +
 	"\tadmission\x18\r \x01(\v2\x1c.harvest.config.v1.AdmissionR\tadmission\x12+\n" +
 	"\x04pool\x18\x0e \x01(\v2\x17.harvest.config.v1.PoolR\x04pool\x12:\n" +
-	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\x121\n" +
+	"\tretention\x18\x0f \x01(\v2\x1c.harvest.config.v1.RetentionR\tretention\x12a\n" +
+	"\x06engine\x18\x10 \x01(\tBI\xbaH\x10r\x0eR\x05localR\x05modal\x8a\xb5\x182\n" +
+	")engine of what names none: local or modal\x12\x05localR\x06engine\x12.\n" +
+	"\x05modal\x18\x11 \x01(\v2\x18.harvest.config.v1.ModalR\x05modal\x121\n" +
 	"\x06broker\x18\x12 \x01(\v2\x19.harvest.config.v1.BrokerR\x06broker\x127\n" +
 	"\bsessions\x18\x14 \x01(\v2\x1b.harvest.config.v1.SessionsR\bsessions\x121\n" +
 	"\x06images\x18\x15 \x01(\v2\x19.harvest.config.v1.ImagesR\x06images\"\x87\x03\n" +
@@ -1978,7 +2205,7 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"\x16default_retained_bytes\x18\x01 \x01(\x03BZ\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x18F\n" +
 	">output that is kept of an execution that asks for nothing else\x12\x041GiBR\x14defaultRetainedBytes\x12{\n" +
 	"\x12max_retained_bytes\x18\x02 \x01(\x03BM\xbaH\r\"\v\x18\x80\x80\x80\x80\x80 (\x80\x80@\x8a\xb5\x189\n" +
-	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xbf\x05\n" +
+	"0most output that an execution can ask to be kept\x12\x0564GiBR\x10maxRetainedBytes\"\xae\x06\n" +
 	"\x05Local\x12\xc2\x01\n" +
 	"\buid_base\x18\x01 \x01(\rB\xa6\x01\xbaHi\xba\x01`\n" +
 	"\x17local.uid_base.multiple\x120must be a multiple of 65536, the size of a range\x1a\x13this % 65536u == 0u*\x04(\x80\x80\x04\x8a\xb5\x186\n" +
@@ -1992,7 +2219,46 @@ const file_harvest_config_v1_config_proto_rawDesc = "" +
 	"Lfurther directory of the host that sandboxes see, read-only; may be repeatedR\n" +
 	"extraPaths\x12\x84\x01\n" +
 	"\fblank_guests\x18\x05 \x01(\rBa\xbaH\x04*\x02\x18@\x8a\xb5\x18V\n" +
-	"Qguests that are kept ready to become sandboxes, without a file system; 0 for none\x12\x013R\vblankGuests\"\xce\x03\n" +
+	"Qguests that are kept ready to become sandboxes, without a file system; 0 for none\x12\x013R\vblankGuests\x12m\n" +
+	"\aenabled\x18\x06 \x01(\bBS\x8a\xb5\x18O\n" +
+	"Goffer the local engine where it is not the default one; =false does not\x12\x04trueR\aenabled\"\xce\x0f\n" +
+	"\x05Modal\x12V\n" +
+	"\aenabled\x18\x01 \x01(\bB<\x8a\xb5\x188\n" +
+	"6offer the engine modal where it is not the default oneR\aenabled\x12q\n" +
+	"\x03app\x18\x02 \x01(\tB_\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{1,64}$\x8a\xb5\x18>\n" +
+	"$Modal's app that sandboxes belong to\x12\x16harvest-agent-executorR\x03app\x12\x95\x01\n" +
+	"\venvironment\x18\x03 \x01(\tBs\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$\x8a\xb5\x18R\n" +
+	"Penvironment of Modal's workspace; empty for the one of Modal's own configurationR\venvironment\x12d\n" +
+	"\x05image\x18\x04 \x01(\tBN\xbaH\ar\x05 \x01(\x80\x04\x8a\xb5\x18@\n" +
+	".registry tag of the image of Modal's sandboxes\x12\x0edebian:13-slimR\x05image\x12\x82\x01\n" +
+	"\n" +
+	"dockerfile\x18\x05 \x03(\tBb\xbaH\x0e\x92\x01\v\x10@\"\ar\x05 \x01(\x80 \x8a\xb5\x18M\n" +
+	"FDockerfile command for the image of Modal's sandboxes; may be repeated\x1a\x03|||R\n" +
+	"dockerfile\x12s\n" +
+	"\aregions\x18\x06 \x03(\tBY\xbaH!\x92\x01\x1e\x10\x10\x18\x01\"\x18r\x162\x14^[A-Za-z0-9-]{1,64}$\x8a\xb5\x181\n" +
+	",region of Modal's sandboxes; may be repeated\x1a\x01,R\aregions\x12w\n" +
+	"\aruntime\x18\a \x01(\tB]\xbaH\x10r\x0eR\x00R\x06gvisorR\x02vm\x8a\xb5\x18F\n" +
+	"Druntime of Modal's sandboxes: gvisor or vm; empty for Modal's choiceR\aruntime\x12f\n" +
+	"\x0evolume_version\x18\b \x01(\rB?\xbaH\x06*\x04\x18\x02(\x01\x8a\xb5\x182\n" +
+	"-version of the volumes that are made at Modal\x12\x012R\rvolumeVersion\x12\x98\x01\n" +
+	"\blifetime\x18\t \x01(\v2\x19.google.protobuf.DurationBa\xbaH\r\xaa\x01\n" +
+	"\"\x04\b\x80\xa3\x052\x02\b<\x8a\xb5\x18M\n" +
+	"Flifetime of Modal's sandboxes where nobody says how long one is wanted\x12\x0324hR\blifetime\x12W\n" +
+	"\rmax_sandboxes\x18\n" +
+	" \x01(\rB2\xbaH\b*\x06\x18\xa0\x8d\x06(\x01\x8a\xb5\x18#\n" +
+	"\x1csandboxes at Modal at a time\x12\x03100R\fmaxSandboxes\x12\x7f\n" +
+	"\x16max_creates_per_minute\x18\v \x01(\rBJ\xbaH\b*\x06\x18\xa0\x8d\x06(\x01\x8a\xb5\x18;\n" +
+	"5sandboxes that are asked for of Modal within a minute\x12\x0260R\x13maxCreatesPerMinute\x12\x8a\x01\n" +
+	"\fopen_network\x18\f \x01(\bBg\x8a\xb5\x18c\n" +
+	"alet Modal's sandboxes have Modal's network, past executord's proxy, where network host is allowedR\vopenNetwork\x12{\n" +
+	"\x0eoutbound_cidrs\x18\r \x03(\tBT\xbaH\a\x92\x01\x04\x10@\x18\x01\x8a\xb5\x18F\n" +
+	"AIPv4 prefix that is reached over Modal's network; may be repeated\x1a\x01,R\routboundCidrs\x12\x92\x01\n" +
+	"\asecrets\x18\x0e \x03(\tBx\xbaH#\x92\x01 \x10@\x18\x01\"\x1ar\x182\x16^[A-Za-z0-9._-]{1,64}$\x8a\xb5\x18N\n" +
+	"9name of a secret at Modal that is needed; may be repeated\x12\x0eharvest-github\x1a\x01,R\asecrets\x12\x9f\x01\n" +
+	"\fidle_timeout\x18\x0f \x01(\v2\x19.google.protobuf.DurationBa\xbaH\v\xaa\x01\b\"\x04\b\x80\xa3\x052\x00\x8a\xb5\x18O\n" +
+	"Iafter what time Modal ends a sandbox whose executord is away; 0 for never\x12\x021hR\vidleTimeout\x12k\n" +
+	"\x0eexit_snapshots\x18\x10 \x01(\bBD\x8a\xb5\x18@\n" +
+	">have Modal keep a snapshot of each sandbox that ends by itselfR\rexitSnapshots\"\xce\x03\n" +
 	"\tAdmission\x12K\n" +
 	"\vmax_running\x18\x01 \x01(\rB*\xbaH\b*\x06\x18\xc0\x84=(\x01\x8a\xb5\x18\x1b\n" +
 	"\x14executions at a time\x12\x03256R\n" +
@@ -2099,7 +2365,7 @@ func file_harvest_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_harvest_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_harvest_config_v1_config_proto_goTypes = []any{
 	(OnStop)(0),                       // 0: harvest.config.v1.OnStop
 	(Network_Mode)(0),                 // 1: harvest.config.v1.Network.Mode
@@ -2117,53 +2383,57 @@ var file_harvest_config_v1_config_proto_goTypes = []any{
 	(*Limits)(nil),                    // 13: harvest.config.v1.Limits
 	(*Output)(nil),                    // 14: harvest.config.v1.Output
 	(*Local)(nil),                     // 15: harvest.config.v1.Local
-	(*Admission)(nil),                 // 16: harvest.config.v1.Admission
-	(*Pool)(nil),                      // 17: harvest.config.v1.Pool
-	(*Retention)(nil),                 // 18: harvest.config.v1.Retention
-	(*Tls)(nil),                       // 19: harvest.config.v1.Tls
-	(*Auth)(nil),                      // 20: harvest.config.v1.Auth
-	(*Oidc)(nil),                      // 21: harvest.config.v1.Oidc
-	(*Certificates)(nil),              // 22: harvest.config.v1.Certificates
-	(*Quotas)(nil),                    // 23: harvest.config.v1.Quotas
-	(*durationpb.Duration)(nil),       // 24: google.protobuf.Duration
-	(*descriptorpb.FieldOptions)(nil), // 25: google.protobuf.FieldOptions
+	(*Modal)(nil),                     // 16: harvest.config.v1.Modal
+	(*Admission)(nil),                 // 17: harvest.config.v1.Admission
+	(*Pool)(nil),                      // 18: harvest.config.v1.Pool
+	(*Retention)(nil),                 // 19: harvest.config.v1.Retention
+	(*Tls)(nil),                       // 20: harvest.config.v1.Tls
+	(*Auth)(nil),                      // 21: harvest.config.v1.Auth
+	(*Oidc)(nil),                      // 22: harvest.config.v1.Oidc
+	(*Certificates)(nil),              // 23: harvest.config.v1.Certificates
+	(*Quotas)(nil),                    // 24: harvest.config.v1.Quotas
+	(*durationpb.Duration)(nil),       // 25: google.protobuf.Duration
+	(*descriptorpb.FieldOptions)(nil), // 26: google.protobuf.FieldOptions
 }
 var file_harvest_config_v1_config_proto_depIdxs = []int32{
-	24, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
+	25, // 0: harvest.config.v1.Config.drain_timeout:type_name -> google.protobuf.Duration
 	0,  // 1: harvest.config.v1.Config.on_stop:type_name -> harvest.config.v1.OnStop
 	12, // 2: harvest.config.v1.Config.log:type_name -> harvest.config.v1.Log
 	13, // 3: harvest.config.v1.Config.limits:type_name -> harvest.config.v1.Limits
 	14, // 4: harvest.config.v1.Config.output:type_name -> harvest.config.v1.Output
 	15, // 5: harvest.config.v1.Config.local:type_name -> harvest.config.v1.Local
-	19, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
-	20, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
+	20, // 6: harvest.config.v1.Config.tls:type_name -> harvest.config.v1.Tls
+	21, // 7: harvest.config.v1.Config.auth:type_name -> harvest.config.v1.Auth
 	10, // 8: harvest.config.v1.Config.network:type_name -> harvest.config.v1.Network
-	16, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
-	17, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
-	18, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
-	11, // 12: harvest.config.v1.Config.broker:type_name -> harvest.config.v1.Broker
-	8,  // 13: harvest.config.v1.Config.sessions:type_name -> harvest.config.v1.Sessions
-	9,  // 14: harvest.config.v1.Config.images:type_name -> harvest.config.v1.Images
-	1,  // 15: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
-	1,  // 16: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
-	2,  // 17: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
-	3,  // 18: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
-	24, // 19: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
-	24, // 20: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
-	24, // 21: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
-	4,  // 22: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
-	5,  // 23: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
-	21, // 24: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
-	22, // 25: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
-	23, // 26: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
-	24, // 27: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
-	25, // 28: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
-	6,  // 29: harvest.config.v1.help:type_name -> harvest.config.v1.Help
-	30, // [30:30] is the sub-list for method output_type
-	30, // [30:30] is the sub-list for method input_type
-	29, // [29:30] is the sub-list for extension type_name
-	28, // [28:29] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	17, // 9: harvest.config.v1.Config.admission:type_name -> harvest.config.v1.Admission
+	18, // 10: harvest.config.v1.Config.pool:type_name -> harvest.config.v1.Pool
+	19, // 11: harvest.config.v1.Config.retention:type_name -> harvest.config.v1.Retention
+	16, // 12: harvest.config.v1.Config.modal:type_name -> harvest.config.v1.Modal
+	11, // 13: harvest.config.v1.Config.broker:type_name -> harvest.config.v1.Broker
+	8,  // 14: harvest.config.v1.Config.sessions:type_name -> harvest.config.v1.Sessions
+	9,  // 15: harvest.config.v1.Config.images:type_name -> harvest.config.v1.Images
+	1,  // 16: harvest.config.v1.Network.default_mode:type_name -> harvest.config.v1.Network.Mode
+	1,  // 17: harvest.config.v1.Network.max_mode:type_name -> harvest.config.v1.Network.Mode
+	2,  // 18: harvest.config.v1.Log.level:type_name -> harvest.config.v1.Log.Level
+	3,  // 19: harvest.config.v1.Log.format:type_name -> harvest.config.v1.Log.Format
+	25, // 20: harvest.config.v1.Modal.lifetime:type_name -> google.protobuf.Duration
+	25, // 21: harvest.config.v1.Modal.idle_timeout:type_name -> google.protobuf.Duration
+	25, // 22: harvest.config.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
+	25, // 23: harvest.config.v1.Pool.max_age:type_name -> google.protobuf.Duration
+	25, // 24: harvest.config.v1.Retention.max_age:type_name -> google.protobuf.Duration
+	4,  // 25: harvest.config.v1.Tls.client_auth:type_name -> harvest.config.v1.Tls.ClientAuth
+	5,  // 26: harvest.config.v1.Auth.methods:type_name -> harvest.config.v1.Auth.Method
+	22, // 27: harvest.config.v1.Auth.oidc:type_name -> harvest.config.v1.Oidc
+	23, // 28: harvest.config.v1.Auth.certificates:type_name -> harvest.config.v1.Certificates
+	24, // 29: harvest.config.v1.Auth.quotas:type_name -> harvest.config.v1.Quotas
+	25, // 30: harvest.config.v1.Oidc.leeway:type_name -> google.protobuf.Duration
+	26, // 31: harvest.config.v1.help:extendee -> google.protobuf.FieldOptions
+	6,  // 32: harvest.config.v1.help:type_name -> harvest.config.v1.Help
+	33, // [33:33] is the sub-list for method output_type
+	33, // [33:33] is the sub-list for method input_type
+	32, // [32:33] is the sub-list for extension type_name
+	31, // [31:32] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_harvest_config_v1_config_proto_init() }
@@ -2177,7 +2447,7 @@ func file_harvest_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_config_v1_config_proto_rawDesc), len(file_harvest_config_v1_config_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 1,
 			NumServices:   0,
 		},

@@ -9,6 +9,7 @@
 package executorv1
 
 import (
+	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
@@ -27,7 +28,11 @@ const (
 
 // GetServerInfoRequest asks for the description.
 type GetServerInfoRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The engine to check as executord doctor does, which takes some seconds and asks its
+	// provider where it has one; empty for none. FAILED_PRECONDITION with reason
+	// ENGINE_NOT_AVAILABLE for one that this server does not have.
+	CheckEngine   string `protobuf:"bytes,1,opt,name=check_engine,json=checkEngine,proto3" json:"check_engine,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -60,6 +65,13 @@ func (x *GetServerInfoRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use GetServerInfoRequest.ProtoReflect.Descriptor instead.
 func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
 	return file_harvest_executor_v1_admin_service_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *GetServerInfoRequest) GetCheckEngine() string {
+	if x != nil {
+		return x.CheckEngine
+	}
+	return ""
 }
 
 // GetServerInfoResponse describes the server.
@@ -411,7 +423,10 @@ type Engine struct {
 	// What it can do on this host and what not.
 	Capabilities []*Capability `protobuf:"bytes,3,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// Sandboxes that are alive.
-	Sandboxes     int64 `protobuf:"varint,4,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	Sandboxes int64 `protobuf:"varint,4,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	// What was found by the check that was asked for: what an engine elsewhere needs, such
+	// as credentials. Those of the local engine are its capabilities.
+	Checks        []*Capability `protobuf:"bytes,5,rep,name=checks,proto3" json:"checks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -472,6 +487,13 @@ func (x *Engine) GetSandboxes() int64 {
 		return x.Sandboxes
 	}
 	return 0
+}
+
+func (x *Engine) GetChecks() []*Capability {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
 }
 
 // Capability is one thing that an engine may or may not be able to do here.
@@ -551,8 +573,9 @@ var File_harvest_executor_v1_admin_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\n" +
-	"'harvest/executor/v1/admin_service.proto\x12\x13harvest.executor.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\"\x16\n" +
-	"\x14GetServerInfoRequest\"\x82\x05\n" +
+	"'harvest/executor/v1/admin_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\"S\n" +
+	"\x14GetServerInfoRequest\x12;\n" +
+	"\fcheck_engine\x18\x01 \x01(\tB\x18\xbaH\x15r\x132\x11^[a-z0-9-]{0,32}$R\vcheckEngine\"\x82\x05\n" +
 	"\x15GetServerInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
@@ -585,12 +608,13 @@ const file_harvest_executor_v1_admin_service_proto_rawDesc = "" +
 	"\n" +
 	"max_queued\x18\x05 \x01(\x03R\tmaxQueued\x12?\n" +
 	"\x0emax_queue_wait\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\fmaxQueueWait\x12#\n" +
-	"\rmax_sandboxes\x18\a \x01(\x03R\fmaxSandboxes\"\x9d\x01\n" +
+	"\rmax_sandboxes\x18\a \x01(\x03R\fmaxSandboxes\"\xd6\x01\n" +
 	"\x06Engine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tisolation\x18\x02 \x01(\tR\tisolation\x12C\n" +
 	"\fcapabilities\x18\x03 \x03(\v2\x1f.harvest.executor.v1.CapabilityR\fcapabilities\x12\x1c\n" +
-	"\tsandboxes\x18\x04 \x01(\x03R\tsandboxes\"n\n" +
+	"\tsandboxes\x18\x04 \x01(\x03R\tsandboxes\x127\n" +
+	"\x06checks\x18\x05 \x03(\v2\x1f.harvest.executor.v1.CapabilityR\x06checks\"n\n" +
 	"\n" +
 	"Capability\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
@@ -633,13 +657,14 @@ var file_harvest_executor_v1_admin_service_proto_depIdxs = []int32{
 	3, // 4: harvest.executor.v1.GetServerInfoResponse.admission:type_name -> harvest.executor.v1.Admission
 	8, // 5: harvest.executor.v1.Admission.max_queue_wait:type_name -> google.protobuf.Duration
 	5, // 6: harvest.executor.v1.Engine.capabilities:type_name -> harvest.executor.v1.Capability
-	0, // 7: harvest.executor.v1.AdminService.GetServerInfo:input_type -> harvest.executor.v1.GetServerInfoRequest
-	1, // 8: harvest.executor.v1.AdminService.GetServerInfo:output_type -> harvest.executor.v1.GetServerInfoResponse
-	8, // [8:9] is the sub-list for method output_type
-	7, // [7:8] is the sub-list for method input_type
-	7, // [7:7] is the sub-list for extension type_name
-	7, // [7:7] is the sub-list for extension extendee
-	0, // [0:7] is the sub-list for field type_name
+	5, // 7: harvest.executor.v1.Engine.checks:type_name -> harvest.executor.v1.Capability
+	0, // 8: harvest.executor.v1.AdminService.GetServerInfo:input_type -> harvest.executor.v1.GetServerInfoRequest
+	1, // 9: harvest.executor.v1.AdminService.GetServerInfo:output_type -> harvest.executor.v1.GetServerInfoResponse
+	9, // [9:10] is the sub-list for method output_type
+	8, // [8:9] is the sub-list for method input_type
+	8, // [8:8] is the sub-list for extension type_name
+	8, // [8:8] is the sub-list for extension extendee
+	0, // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_admin_service_proto_init() }

@@ -117,7 +117,17 @@ type ExecuteRequest struct {
 	// parent: a session's sandbox has its own policy (INVALID_ARGUMENT, reason
 	// NETWORK_WITH_PARENT). FAILED_PRECONDITION with reason NETWORK_NOT_ALLOWED for more
 	// than the operator allows, NETWORK_NOT_AVAILABLE for what the engine cannot do.
-	Network       *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
+	Network *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
+	// The engine that makes the fresh sandbox, such as "local" or "modal"; the server's
+	// default if empty. Not with a parent: a session's sandbox is where it is
+	// (INVALID_ARGUMENT, reason ENGINE_WITH_PARENT). FAILED_PRECONDITION with reason
+	// ENGINE_NOT_AVAILABLE for one that this server does not have; AdminService.GetServerInfo
+	// says which it has.
+	Engine string `protobuf:"bytes,11,opt,name=engine,proto3" json:"engine,omitempty"`
+	// Where and on what the fresh sandbox runs. Not with a parent (INVALID_ARGUMENT, reason
+	// PLACEMENT_WITH_PARENT). FAILED_PRECONDITION with reason PLACEMENT_NOT_AVAILABLE for
+	// what the engine does not have.
+	Placement     *Placement `protobuf:"bytes,12,opt,name=placement,proto3" json:"placement,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -215,6 +225,20 @@ func (x *ExecuteRequest) GetNetwork() *NetworkPolicy {
 	return nil
 }
 
+func (x *ExecuteRequest) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *ExecuteRequest) GetPlacement() *Placement {
+	if x != nil {
+		return x.Placement
+	}
+	return nil
+}
+
 // ExecuteResponse is one event.
 type ExecuteResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -279,7 +303,11 @@ type StartExecutionRequest struct {
 	// What happens when nobody watches. With MODE_CANCEL the grace begins at once.
 	DetachPolicy *DetachPolicy `protobuf:"bytes,8,opt,name=detach_policy,json=detachPolicy,proto3" json:"detach_policy,omitempty"`
 	// As in ExecuteRequest.
-	Network       *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
+	Network *NetworkPolicy `protobuf:"bytes,9,opt,name=network,proto3" json:"network,omitempty"`
+	// As in ExecuteRequest.
+	Engine string `protobuf:"bytes,11,opt,name=engine,proto3" json:"engine,omitempty"`
+	// As in ExecuteRequest.
+	Placement     *Placement `protobuf:"bytes,12,opt,name=placement,proto3" json:"placement,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -366,6 +394,20 @@ func (x *StartExecutionRequest) GetDetachPolicy() *DetachPolicy {
 func (x *StartExecutionRequest) GetNetwork() *NetworkPolicy {
 	if x != nil {
 		return x.Network
+	}
+	return nil
+}
+
+func (x *StartExecutionRequest) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *StartExecutionRequest) GetPlacement() *Placement {
+	if x != nil {
+		return x.Placement
 	}
 	return nil
 }
@@ -1934,7 +1976,7 @@ var File_harvest_executor_v1_executor_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
-	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\x1a!harvest/executor/v1/network.proto\"\xc4\x06\n" +
+	"*harvest/executor/v1/executor_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a\x1fharvest/executor/v1/event.proto\x1a#harvest/executor/v1/execution.proto\x1a!harvest/executor/v1/network.proto\x1a#harvest/executor/v1/placement.proto\"\xb4\a\n" +
 	"\x0eExecuteRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1946,12 +1988,14 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12F\n" +
 	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12<\n" +
-	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
+	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x120\n" +
+	"\x06engine\x18\v \x01(\tB\x18\xbaH\x15r\x132\x11^[a-z0-9-]{0,32}$R\x06engine\x12<\n" +
+	"\tplacement\x18\f \x01(\v2\x1e.harvest.executor.v1.PlacementR\tplacement\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
 	"\x0fExecuteResponse\x120\n" +
-	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xf7\x05\n" +
+	"\x05event\x18\x01 \x01(\v2\x1a.harvest.executor.v1.EventR\x05event\"\xe7\x06\n" +
 	"\x15StartExecutionRequest\x12\x8c\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBt\xbaHq\xba\x01n\n" +
 	"\rparent.format\x12#must be empty or sessions/{session}\x1a8this == '' || this.matches('^sessions/[a-z0-9-]{1,63}$')R\x06parent\x12>\n" +
@@ -1962,7 +2006,9 @@ const file_harvest_executor_v1_executor_service_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\a \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9._-]{0,64}$R\trequestId\x12F\n" +
 	"\rdetach_policy\x18\b \x01(\v2!.harvest.executor.v1.DetachPolicyR\fdetachPolicy\x12<\n" +
-	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x1a9\n" +
+	"\anetwork\x18\t \x01(\v2\".harvest.executor.v1.NetworkPolicyR\anetwork\x120\n" +
+	"\x06engine\x18\v \x01(\tB\x18\xbaH\x15r\x132\x11^[a-z0-9-]{0,32}$R\x06engine\x12<\n" +
+	"\tplacement\x18\f \x01(\v2\x1e.harvest.executor.v1.PlacementR\tplacement\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
@@ -2141,12 +2187,13 @@ var file_harvest_executor_v1_executor_service_proto_goTypes = []any{
 	(*durationpb.Duration)(nil),     // 34: google.protobuf.Duration
 	(*DetachPolicy)(nil),            // 35: harvest.executor.v1.DetachPolicy
 	(*NetworkPolicy)(nil),           // 36: harvest.executor.v1.NetworkPolicy
-	(*Event)(nil),                   // 37: harvest.executor.v1.Event
-	(*Execution)(nil),               // 38: harvest.executor.v1.Execution
-	(*Cursor)(nil),                  // 39: harvest.executor.v1.Cursor
-	(Stream)(0),                     // 40: harvest.executor.v1.Stream
-	(*fieldmaskpb.FieldMask)(nil),   // 41: google.protobuf.FieldMask
-	(*TerminalSize)(nil),            // 42: harvest.executor.v1.TerminalSize
+	(*Placement)(nil),               // 37: harvest.executor.v1.Placement
+	(*Event)(nil),                   // 38: harvest.executor.v1.Event
+	(*Execution)(nil),               // 39: harvest.executor.v1.Execution
+	(*Cursor)(nil),                  // 40: harvest.executor.v1.Cursor
+	(Stream)(0),                     // 41: harvest.executor.v1.Stream
+	(*fieldmaskpb.FieldMask)(nil),   // 42: google.protobuf.FieldMask
+	(*TerminalSize)(nil),            // 43: harvest.executor.v1.TerminalSize
 }
 var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	31, // 0: harvest.executor.v1.ExecuteRequest.command:type_name -> harvest.executor.v1.Command
@@ -2156,64 +2203,66 @@ var file_harvest_executor_v1_executor_service_proto_depIdxs = []int32{
 	34, // 4: harvest.executor.v1.ExecuteRequest.heartbeat_interval:type_name -> google.protobuf.Duration
 	35, // 5: harvest.executor.v1.ExecuteRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
 	36, // 6: harvest.executor.v1.ExecuteRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
-	37, // 7: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
-	31, // 8: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
-	32, // 9: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
-	33, // 10: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
-	30, // 11: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
-	35, // 12: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
-	36, // 13: harvest.executor.v1.StartExecutionRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
-	38, // 14: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	39, // 15: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
-	34, // 16: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
-	37, // 17: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
-	40, // 18: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
-	34, // 19: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
-	38, // 20: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	41, // 21: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
-	38, // 22: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	41, // 23: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
-	38, // 24: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
-	34, // 25: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
-	38, // 26: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
-	22, // 27: harvest.executor.v1.AttachExecutionRequest.start:type_name -> harvest.executor.v1.AttachStart
-	23, // 28: harvest.executor.v1.AttachExecutionRequest.input:type_name -> harvest.executor.v1.AttachInput
-	42, // 29: harvest.executor.v1.AttachExecutionRequest.resize:type_name -> harvest.executor.v1.TerminalSize
-	24, // 30: harvest.executor.v1.AttachExecutionRequest.close_input:type_name -> harvest.executor.v1.AttachCloseInput
-	39, // 31: harvest.executor.v1.AttachStart.after:type_name -> harvest.executor.v1.Cursor
-	34, // 32: harvest.executor.v1.AttachStart.heartbeat_interval:type_name -> google.protobuf.Duration
-	37, // 33: harvest.executor.v1.AttachExecutionResponse.event:type_name -> harvest.executor.v1.Event
-	26, // 34: harvest.executor.v1.AttachExecutionResponse.input:type_name -> harvest.executor.v1.InputState
-	0,  // 35: harvest.executor.v1.SignalExecutionRequest.scope:type_name -> harvest.executor.v1.SignalScope
-	1,  // 36: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
-	3,  // 37: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
-	5,  // 38: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
-	7,  // 39: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
-	9,  // 40: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
-	11, // 41: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
-	13, // 42: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
-	15, // 43: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
-	19, // 44: harvest.executor.v1.ExecutorService.WriteInput:input_type -> harvest.executor.v1.WriteInputRequest
-	21, // 45: harvest.executor.v1.ExecutorService.AttachExecution:input_type -> harvest.executor.v1.AttachExecutionRequest
-	27, // 46: harvest.executor.v1.ExecutorService.SignalExecution:input_type -> harvest.executor.v1.SignalExecutionRequest
-	17, // 47: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
-	2,  // 48: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
-	4,  // 49: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
-	6,  // 50: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
-	8,  // 51: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
-	10, // 52: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
-	12, // 53: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
-	14, // 54: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
-	16, // 55: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
-	20, // 56: harvest.executor.v1.ExecutorService.WriteInput:output_type -> harvest.executor.v1.WriteInputResponse
-	25, // 57: harvest.executor.v1.ExecutorService.AttachExecution:output_type -> harvest.executor.v1.AttachExecutionResponse
-	28, // 58: harvest.executor.v1.ExecutorService.SignalExecution:output_type -> harvest.executor.v1.SignalExecutionResponse
-	18, // 59: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
-	48, // [48:60] is the sub-list for method output_type
-	36, // [36:48] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	37, // 7: harvest.executor.v1.ExecuteRequest.placement:type_name -> harvest.executor.v1.Placement
+	38, // 8: harvest.executor.v1.ExecuteResponse.event:type_name -> harvest.executor.v1.Event
+	31, // 9: harvest.executor.v1.StartExecutionRequest.command:type_name -> harvest.executor.v1.Command
+	32, // 10: harvest.executor.v1.StartExecutionRequest.limits:type_name -> harvest.executor.v1.Limits
+	33, // 11: harvest.executor.v1.StartExecutionRequest.output_policy:type_name -> harvest.executor.v1.OutputPolicy
+	30, // 12: harvest.executor.v1.StartExecutionRequest.labels:type_name -> harvest.executor.v1.StartExecutionRequest.LabelsEntry
+	35, // 13: harvest.executor.v1.StartExecutionRequest.detach_policy:type_name -> harvest.executor.v1.DetachPolicy
+	36, // 14: harvest.executor.v1.StartExecutionRequest.network:type_name -> harvest.executor.v1.NetworkPolicy
+	37, // 15: harvest.executor.v1.StartExecutionRequest.placement:type_name -> harvest.executor.v1.Placement
+	39, // 16: harvest.executor.v1.StartExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	40, // 17: harvest.executor.v1.WatchExecutionRequest.after:type_name -> harvest.executor.v1.Cursor
+	34, // 18: harvest.executor.v1.WatchExecutionRequest.heartbeat_interval:type_name -> google.protobuf.Duration
+	38, // 19: harvest.executor.v1.WatchExecutionResponse.event:type_name -> harvest.executor.v1.Event
+	41, // 20: harvest.executor.v1.ReadOutputRequest.stream:type_name -> harvest.executor.v1.Stream
+	34, // 21: harvest.executor.v1.WaitExecutionRequest.timeout:type_name -> google.protobuf.Duration
+	39, // 22: harvest.executor.v1.WaitExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	42, // 23: harvest.executor.v1.GetExecutionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	39, // 24: harvest.executor.v1.GetExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	42, // 25: harvest.executor.v1.ListExecutionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	39, // 26: harvest.executor.v1.ListExecutionsResponse.executions:type_name -> harvest.executor.v1.Execution
+	34, // 27: harvest.executor.v1.CancelExecutionRequest.grace_period:type_name -> google.protobuf.Duration
+	39, // 28: harvest.executor.v1.CancelExecutionResponse.execution:type_name -> harvest.executor.v1.Execution
+	22, // 29: harvest.executor.v1.AttachExecutionRequest.start:type_name -> harvest.executor.v1.AttachStart
+	23, // 30: harvest.executor.v1.AttachExecutionRequest.input:type_name -> harvest.executor.v1.AttachInput
+	43, // 31: harvest.executor.v1.AttachExecutionRequest.resize:type_name -> harvest.executor.v1.TerminalSize
+	24, // 32: harvest.executor.v1.AttachExecutionRequest.close_input:type_name -> harvest.executor.v1.AttachCloseInput
+	40, // 33: harvest.executor.v1.AttachStart.after:type_name -> harvest.executor.v1.Cursor
+	34, // 34: harvest.executor.v1.AttachStart.heartbeat_interval:type_name -> google.protobuf.Duration
+	38, // 35: harvest.executor.v1.AttachExecutionResponse.event:type_name -> harvest.executor.v1.Event
+	26, // 36: harvest.executor.v1.AttachExecutionResponse.input:type_name -> harvest.executor.v1.InputState
+	0,  // 37: harvest.executor.v1.SignalExecutionRequest.scope:type_name -> harvest.executor.v1.SignalScope
+	1,  // 38: harvest.executor.v1.ExecutorService.Execute:input_type -> harvest.executor.v1.ExecuteRequest
+	3,  // 39: harvest.executor.v1.ExecutorService.StartExecution:input_type -> harvest.executor.v1.StartExecutionRequest
+	5,  // 40: harvest.executor.v1.ExecutorService.WatchExecution:input_type -> harvest.executor.v1.WatchExecutionRequest
+	7,  // 41: harvest.executor.v1.ExecutorService.ReadOutput:input_type -> harvest.executor.v1.ReadOutputRequest
+	9,  // 42: harvest.executor.v1.ExecutorService.WaitExecution:input_type -> harvest.executor.v1.WaitExecutionRequest
+	11, // 43: harvest.executor.v1.ExecutorService.GetExecution:input_type -> harvest.executor.v1.GetExecutionRequest
+	13, // 44: harvest.executor.v1.ExecutorService.ListExecutions:input_type -> harvest.executor.v1.ListExecutionsRequest
+	15, // 45: harvest.executor.v1.ExecutorService.CancelExecution:input_type -> harvest.executor.v1.CancelExecutionRequest
+	19, // 46: harvest.executor.v1.ExecutorService.WriteInput:input_type -> harvest.executor.v1.WriteInputRequest
+	21, // 47: harvest.executor.v1.ExecutorService.AttachExecution:input_type -> harvest.executor.v1.AttachExecutionRequest
+	27, // 48: harvest.executor.v1.ExecutorService.SignalExecution:input_type -> harvest.executor.v1.SignalExecutionRequest
+	17, // 49: harvest.executor.v1.ExecutorService.DeleteExecution:input_type -> harvest.executor.v1.DeleteExecutionRequest
+	2,  // 50: harvest.executor.v1.ExecutorService.Execute:output_type -> harvest.executor.v1.ExecuteResponse
+	4,  // 51: harvest.executor.v1.ExecutorService.StartExecution:output_type -> harvest.executor.v1.StartExecutionResponse
+	6,  // 52: harvest.executor.v1.ExecutorService.WatchExecution:output_type -> harvest.executor.v1.WatchExecutionResponse
+	8,  // 53: harvest.executor.v1.ExecutorService.ReadOutput:output_type -> harvest.executor.v1.ReadOutputResponse
+	10, // 54: harvest.executor.v1.ExecutorService.WaitExecution:output_type -> harvest.executor.v1.WaitExecutionResponse
+	12, // 55: harvest.executor.v1.ExecutorService.GetExecution:output_type -> harvest.executor.v1.GetExecutionResponse
+	14, // 56: harvest.executor.v1.ExecutorService.ListExecutions:output_type -> harvest.executor.v1.ListExecutionsResponse
+	16, // 57: harvest.executor.v1.ExecutorService.CancelExecution:output_type -> harvest.executor.v1.CancelExecutionResponse
+	20, // 58: harvest.executor.v1.ExecutorService.WriteInput:output_type -> harvest.executor.v1.WriteInputResponse
+	25, // 59: harvest.executor.v1.ExecutorService.AttachExecution:output_type -> harvest.executor.v1.AttachExecutionResponse
+	28, // 60: harvest.executor.v1.ExecutorService.SignalExecution:output_type -> harvest.executor.v1.SignalExecutionResponse
+	18, // 61: harvest.executor.v1.ExecutorService.DeleteExecution:output_type -> harvest.executor.v1.DeleteExecutionResponse
+	50, // [50:62] is the sub-list for method output_type
+	38, // [38:50] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_executor_service_proto_init() }
@@ -2226,6 +2275,7 @@ func file_harvest_executor_v1_executor_service_proto_init() {
 	file_harvest_executor_v1_event_proto_init()
 	file_harvest_executor_v1_execution_proto_init()
 	file_harvest_executor_v1_network_proto_init()
+	file_harvest_executor_v1_placement_proto_init()
 	file_harvest_executor_v1_executor_service_proto_msgTypes[18].OneofWrappers = []any{}
 	file_harvest_executor_v1_executor_service_proto_msgTypes[20].OneofWrappers = []any{
 		(*AttachExecutionRequest_Start)(nil),

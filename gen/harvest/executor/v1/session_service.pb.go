@@ -61,7 +61,14 @@ type CreateSessionRequest struct {
 	IdleAction IdleAction `protobuf:"varint,11,opt,name=idle_action,json=idleAction,proto3,enum=harvest.executor.v1.IdleAction" json:"idle_action,omitempty"`
 	// The image to start from, by the name that ImageService has for it; empty for the
 	// agent's image with an agent, for the engine's base without. NOT_FOUND.
-	Image         string `protobuf:"bytes,12,opt,name=image,proto3" json:"image,omitempty"`
+	Image string `protobuf:"bytes,12,opt,name=image,proto3" json:"image,omitempty"`
+	// The engine that makes its sandbox, such as "local" or "modal"; the server's default if
+	// empty. FAILED_PRECONDITION with reason ENGINE_NOT_AVAILABLE for one that this server
+	// does not have.
+	Engine string `protobuf:"bytes,13,opt,name=engine,proto3" json:"engine,omitempty"`
+	// Where and on what its sandbox runs. FAILED_PRECONDITION with reason
+	// PLACEMENT_NOT_AVAILABLE for what the engine does not have.
+	Placement     *Placement `protobuf:"bytes,14,opt,name=placement,proto3" json:"placement,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -178,6 +185,20 @@ func (x *CreateSessionRequest) GetImage() string {
 		return x.Image
 	}
 	return ""
+}
+
+func (x *CreateSessionRequest) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *CreateSessionRequest) GetPlacement() *Placement {
+	if x != nil {
+		return x.Placement
+	}
+	return nil
 }
 
 // CreateSessionResponse answers a creation.
@@ -605,7 +626,7 @@ var File_harvest_executor_v1_session_service_proto protoreflect.FileDescriptor
 
 const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	"\n" +
-	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fharvest/executor/v1/agent.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\x1a!harvest/executor/v1/session.proto\x1a*harvest/executor/v1/session_requests.proto\x1a'harvest/executor/v1/turn_requests.proto\"\xc0\a\n" +
+	")harvest/executor/v1/session_service.proto\x12\x13harvest.executor.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fharvest/executor/v1/agent.proto\x1a'harvest/executor/v1/authorization.proto\x1a!harvest/executor/v1/command.proto\x1a!harvest/executor/v1/network.proto\x1a#harvest/executor/v1/placement.proto\x1a!harvest/executor/v1/session.proto\x1a*harvest/executor/v1/session_requests.proto\x1a'harvest/executor/v1/turn_requests.proto\"\xb0\b\n" +
 	"\x14CreateSessionRequest\x123\n" +
 	"\x06limits\x18\x01 \x01(\v2\x1b.harvest.executor.v1.LimitsR\x06limits\x12H\n" +
 	"\blifetime\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\blifetime\x12\x91\x01\n" +
@@ -621,7 +642,9 @@ const file_harvest_executor_v1_session_service_proto_rawDesc = "" +
 	" \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b<R\vidleTimeout\x12J\n" +
 	"\vidle_action\x18\v \x01(\x0e2\x1f.harvest.executor.v1.IdleActionB\b\xbaH\x05\x82\x01\x02\x10\x01R\n" +
 	"idleAction\x12=\n" +
-	"\x05image\x18\f \x01(\tB'\xbaH$r\"2 ^([a-z0-9][a-z0-9._/-]{0,127})?$R\x05image\x1a9\n" +
+	"\x05image\x18\f \x01(\tB'\xbaH$r\"2 ^([a-z0-9][a-z0-9._/-]{0,127})?$R\x05image\x120\n" +
+	"\x06engine\x18\r \x01(\tB\x18\xbaH\x15r\x132\x11^[a-z0-9-]{0,32}$R\x06engine\x12<\n" +
+	"\tplacement\x18\x0e \x01(\v2\x1e.harvest.executor.v1.PlacementR\tplacement\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"O\n" +
@@ -707,36 +730,37 @@ var file_harvest_executor_v1_session_service_proto_goTypes = []any{
 	(*AgentSpec)(nil),                  // 14: harvest.executor.v1.AgentSpec
 	(*Credentials)(nil),                // 15: harvest.executor.v1.Credentials
 	(IdleAction)(0),                    // 16: harvest.executor.v1.IdleAction
-	(*Session)(nil),                    // 17: harvest.executor.v1.Session
-	(*fieldmaskpb.FieldMask)(nil),      // 18: google.protobuf.FieldMask
-	(*UpdateSessionRequest)(nil),       // 19: harvest.executor.v1.UpdateSessionRequest
-	(*WatchSessionRequest)(nil),        // 20: harvest.executor.v1.WatchSessionRequest
-	(*PauseSessionRequest)(nil),        // 21: harvest.executor.v1.PauseSessionRequest
-	(*ResumeSessionRequest)(nil),       // 22: harvest.executor.v1.ResumeSessionRequest
-	(*ForkSessionRequest)(nil),         // 23: harvest.executor.v1.ForkSessionRequest
-	(*SendPromptRequest)(nil),          // 24: harvest.executor.v1.SendPromptRequest
-	(*WatchTurnRequest)(nil),           // 25: harvest.executor.v1.WatchTurnRequest
-	(*GetTurnRequest)(nil),             // 26: harvest.executor.v1.GetTurnRequest
-	(*ListTurnsRequest)(nil),           // 27: harvest.executor.v1.ListTurnsRequest
-	(*CancelTurnRequest)(nil),          // 28: harvest.executor.v1.CancelTurnRequest
-	(*ListInteractionsRequest)(nil),    // 29: harvest.executor.v1.ListInteractionsRequest
-	(*ResolveInteractionRequest)(nil),  // 30: harvest.executor.v1.ResolveInteractionRequest
-	(*ListMessagesRequest)(nil),        // 31: harvest.executor.v1.ListMessagesRequest
-	(*GetDiffRequest)(nil),             // 32: harvest.executor.v1.GetDiffRequest
-	(*UpdateSessionResponse)(nil),      // 33: harvest.executor.v1.UpdateSessionResponse
-	(*WatchSessionResponse)(nil),       // 34: harvest.executor.v1.WatchSessionResponse
-	(*PauseSessionResponse)(nil),       // 35: harvest.executor.v1.PauseSessionResponse
-	(*ResumeSessionResponse)(nil),      // 36: harvest.executor.v1.ResumeSessionResponse
-	(*ForkSessionResponse)(nil),        // 37: harvest.executor.v1.ForkSessionResponse
-	(*SendPromptResponse)(nil),         // 38: harvest.executor.v1.SendPromptResponse
-	(*WatchTurnResponse)(nil),          // 39: harvest.executor.v1.WatchTurnResponse
-	(*GetTurnResponse)(nil),            // 40: harvest.executor.v1.GetTurnResponse
-	(*ListTurnsResponse)(nil),          // 41: harvest.executor.v1.ListTurnsResponse
-	(*CancelTurnResponse)(nil),         // 42: harvest.executor.v1.CancelTurnResponse
-	(*ListInteractionsResponse)(nil),   // 43: harvest.executor.v1.ListInteractionsResponse
-	(*ResolveInteractionResponse)(nil), // 44: harvest.executor.v1.ResolveInteractionResponse
-	(*ListMessagesResponse)(nil),       // 45: harvest.executor.v1.ListMessagesResponse
-	(*GetDiffResponse)(nil),            // 46: harvest.executor.v1.GetDiffResponse
+	(*Placement)(nil),                  // 17: harvest.executor.v1.Placement
+	(*Session)(nil),                    // 18: harvest.executor.v1.Session
+	(*fieldmaskpb.FieldMask)(nil),      // 19: google.protobuf.FieldMask
+	(*UpdateSessionRequest)(nil),       // 20: harvest.executor.v1.UpdateSessionRequest
+	(*WatchSessionRequest)(nil),        // 21: harvest.executor.v1.WatchSessionRequest
+	(*PauseSessionRequest)(nil),        // 22: harvest.executor.v1.PauseSessionRequest
+	(*ResumeSessionRequest)(nil),       // 23: harvest.executor.v1.ResumeSessionRequest
+	(*ForkSessionRequest)(nil),         // 24: harvest.executor.v1.ForkSessionRequest
+	(*SendPromptRequest)(nil),          // 25: harvest.executor.v1.SendPromptRequest
+	(*WatchTurnRequest)(nil),           // 26: harvest.executor.v1.WatchTurnRequest
+	(*GetTurnRequest)(nil),             // 27: harvest.executor.v1.GetTurnRequest
+	(*ListTurnsRequest)(nil),           // 28: harvest.executor.v1.ListTurnsRequest
+	(*CancelTurnRequest)(nil),          // 29: harvest.executor.v1.CancelTurnRequest
+	(*ListInteractionsRequest)(nil),    // 30: harvest.executor.v1.ListInteractionsRequest
+	(*ResolveInteractionRequest)(nil),  // 31: harvest.executor.v1.ResolveInteractionRequest
+	(*ListMessagesRequest)(nil),        // 32: harvest.executor.v1.ListMessagesRequest
+	(*GetDiffRequest)(nil),             // 33: harvest.executor.v1.GetDiffRequest
+	(*UpdateSessionResponse)(nil),      // 34: harvest.executor.v1.UpdateSessionResponse
+	(*WatchSessionResponse)(nil),       // 35: harvest.executor.v1.WatchSessionResponse
+	(*PauseSessionResponse)(nil),       // 36: harvest.executor.v1.PauseSessionResponse
+	(*ResumeSessionResponse)(nil),      // 37: harvest.executor.v1.ResumeSessionResponse
+	(*ForkSessionResponse)(nil),        // 38: harvest.executor.v1.ForkSessionResponse
+	(*SendPromptResponse)(nil),         // 39: harvest.executor.v1.SendPromptResponse
+	(*WatchTurnResponse)(nil),          // 40: harvest.executor.v1.WatchTurnResponse
+	(*GetTurnResponse)(nil),            // 41: harvest.executor.v1.GetTurnResponse
+	(*ListTurnsResponse)(nil),          // 42: harvest.executor.v1.ListTurnsResponse
+	(*CancelTurnResponse)(nil),         // 43: harvest.executor.v1.CancelTurnResponse
+	(*ListInteractionsResponse)(nil),   // 44: harvest.executor.v1.ListInteractionsResponse
+	(*ResolveInteractionResponse)(nil), // 45: harvest.executor.v1.ResolveInteractionResponse
+	(*ListMessagesResponse)(nil),       // 46: harvest.executor.v1.ListMessagesResponse
+	(*GetDiffResponse)(nil),            // 47: harvest.executor.v1.GetDiffResponse
 }
 var file_harvest_executor_v1_session_service_proto_depIdxs = []int32{
 	9,  // 0: harvest.executor.v1.CreateSessionRequest.limits:type_name -> harvest.executor.v1.Limits
@@ -749,54 +773,55 @@ var file_harvest_executor_v1_session_service_proto_depIdxs = []int32{
 	15, // 7: harvest.executor.v1.CreateSessionRequest.credentials:type_name -> harvest.executor.v1.Credentials
 	10, // 8: harvest.executor.v1.CreateSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
 	16, // 9: harvest.executor.v1.CreateSessionRequest.idle_action:type_name -> harvest.executor.v1.IdleAction
-	17, // 10: harvest.executor.v1.CreateSessionResponse.session:type_name -> harvest.executor.v1.Session
-	10, // 11: harvest.executor.v1.GetSessionRequest.wait:type_name -> google.protobuf.Duration
-	18, // 12: harvest.executor.v1.GetSessionRequest.read_mask:type_name -> google.protobuf.FieldMask
-	17, // 13: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
-	18, // 14: harvest.executor.v1.ListSessionsRequest.read_mask:type_name -> google.protobuf.FieldMask
-	17, // 15: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
-	17, // 16: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
-	0,  // 17: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
-	2,  // 18: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
-	4,  // 19: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
-	6,  // 20: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
-	19, // 21: harvest.executor.v1.SessionService.UpdateSession:input_type -> harvest.executor.v1.UpdateSessionRequest
-	20, // 22: harvest.executor.v1.SessionService.WatchSession:input_type -> harvest.executor.v1.WatchSessionRequest
-	21, // 23: harvest.executor.v1.SessionService.PauseSession:input_type -> harvest.executor.v1.PauseSessionRequest
-	22, // 24: harvest.executor.v1.SessionService.ResumeSession:input_type -> harvest.executor.v1.ResumeSessionRequest
-	23, // 25: harvest.executor.v1.SessionService.ForkSession:input_type -> harvest.executor.v1.ForkSessionRequest
-	24, // 26: harvest.executor.v1.SessionService.SendPrompt:input_type -> harvest.executor.v1.SendPromptRequest
-	25, // 27: harvest.executor.v1.SessionService.WatchTurn:input_type -> harvest.executor.v1.WatchTurnRequest
-	26, // 28: harvest.executor.v1.SessionService.GetTurn:input_type -> harvest.executor.v1.GetTurnRequest
-	27, // 29: harvest.executor.v1.SessionService.ListTurns:input_type -> harvest.executor.v1.ListTurnsRequest
-	28, // 30: harvest.executor.v1.SessionService.CancelTurn:input_type -> harvest.executor.v1.CancelTurnRequest
-	29, // 31: harvest.executor.v1.SessionService.ListInteractions:input_type -> harvest.executor.v1.ListInteractionsRequest
-	30, // 32: harvest.executor.v1.SessionService.ResolveInteraction:input_type -> harvest.executor.v1.ResolveInteractionRequest
-	31, // 33: harvest.executor.v1.SessionService.ListMessages:input_type -> harvest.executor.v1.ListMessagesRequest
-	32, // 34: harvest.executor.v1.SessionService.GetDiff:input_type -> harvest.executor.v1.GetDiffRequest
-	1,  // 35: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
-	3,  // 36: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
-	5,  // 37: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
-	7,  // 38: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
-	33, // 39: harvest.executor.v1.SessionService.UpdateSession:output_type -> harvest.executor.v1.UpdateSessionResponse
-	34, // 40: harvest.executor.v1.SessionService.WatchSession:output_type -> harvest.executor.v1.WatchSessionResponse
-	35, // 41: harvest.executor.v1.SessionService.PauseSession:output_type -> harvest.executor.v1.PauseSessionResponse
-	36, // 42: harvest.executor.v1.SessionService.ResumeSession:output_type -> harvest.executor.v1.ResumeSessionResponse
-	37, // 43: harvest.executor.v1.SessionService.ForkSession:output_type -> harvest.executor.v1.ForkSessionResponse
-	38, // 44: harvest.executor.v1.SessionService.SendPrompt:output_type -> harvest.executor.v1.SendPromptResponse
-	39, // 45: harvest.executor.v1.SessionService.WatchTurn:output_type -> harvest.executor.v1.WatchTurnResponse
-	40, // 46: harvest.executor.v1.SessionService.GetTurn:output_type -> harvest.executor.v1.GetTurnResponse
-	41, // 47: harvest.executor.v1.SessionService.ListTurns:output_type -> harvest.executor.v1.ListTurnsResponse
-	42, // 48: harvest.executor.v1.SessionService.CancelTurn:output_type -> harvest.executor.v1.CancelTurnResponse
-	43, // 49: harvest.executor.v1.SessionService.ListInteractions:output_type -> harvest.executor.v1.ListInteractionsResponse
-	44, // 50: harvest.executor.v1.SessionService.ResolveInteraction:output_type -> harvest.executor.v1.ResolveInteractionResponse
-	45, // 51: harvest.executor.v1.SessionService.ListMessages:output_type -> harvest.executor.v1.ListMessagesResponse
-	46, // 52: harvest.executor.v1.SessionService.GetDiff:output_type -> harvest.executor.v1.GetDiffResponse
-	35, // [35:53] is the sub-list for method output_type
-	17, // [17:35] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	17, // 10: harvest.executor.v1.CreateSessionRequest.placement:type_name -> harvest.executor.v1.Placement
+	18, // 11: harvest.executor.v1.CreateSessionResponse.session:type_name -> harvest.executor.v1.Session
+	10, // 12: harvest.executor.v1.GetSessionRequest.wait:type_name -> google.protobuf.Duration
+	19, // 13: harvest.executor.v1.GetSessionRequest.read_mask:type_name -> google.protobuf.FieldMask
+	18, // 14: harvest.executor.v1.GetSessionResponse.session:type_name -> harvest.executor.v1.Session
+	19, // 15: harvest.executor.v1.ListSessionsRequest.read_mask:type_name -> google.protobuf.FieldMask
+	18, // 16: harvest.executor.v1.ListSessionsResponse.sessions:type_name -> harvest.executor.v1.Session
+	18, // 17: harvest.executor.v1.TerminateSessionResponse.session:type_name -> harvest.executor.v1.Session
+	0,  // 18: harvest.executor.v1.SessionService.CreateSession:input_type -> harvest.executor.v1.CreateSessionRequest
+	2,  // 19: harvest.executor.v1.SessionService.GetSession:input_type -> harvest.executor.v1.GetSessionRequest
+	4,  // 20: harvest.executor.v1.SessionService.ListSessions:input_type -> harvest.executor.v1.ListSessionsRequest
+	6,  // 21: harvest.executor.v1.SessionService.TerminateSession:input_type -> harvest.executor.v1.TerminateSessionRequest
+	20, // 22: harvest.executor.v1.SessionService.UpdateSession:input_type -> harvest.executor.v1.UpdateSessionRequest
+	21, // 23: harvest.executor.v1.SessionService.WatchSession:input_type -> harvest.executor.v1.WatchSessionRequest
+	22, // 24: harvest.executor.v1.SessionService.PauseSession:input_type -> harvest.executor.v1.PauseSessionRequest
+	23, // 25: harvest.executor.v1.SessionService.ResumeSession:input_type -> harvest.executor.v1.ResumeSessionRequest
+	24, // 26: harvest.executor.v1.SessionService.ForkSession:input_type -> harvest.executor.v1.ForkSessionRequest
+	25, // 27: harvest.executor.v1.SessionService.SendPrompt:input_type -> harvest.executor.v1.SendPromptRequest
+	26, // 28: harvest.executor.v1.SessionService.WatchTurn:input_type -> harvest.executor.v1.WatchTurnRequest
+	27, // 29: harvest.executor.v1.SessionService.GetTurn:input_type -> harvest.executor.v1.GetTurnRequest
+	28, // 30: harvest.executor.v1.SessionService.ListTurns:input_type -> harvest.executor.v1.ListTurnsRequest
+	29, // 31: harvest.executor.v1.SessionService.CancelTurn:input_type -> harvest.executor.v1.CancelTurnRequest
+	30, // 32: harvest.executor.v1.SessionService.ListInteractions:input_type -> harvest.executor.v1.ListInteractionsRequest
+	31, // 33: harvest.executor.v1.SessionService.ResolveInteraction:input_type -> harvest.executor.v1.ResolveInteractionRequest
+	32, // 34: harvest.executor.v1.SessionService.ListMessages:input_type -> harvest.executor.v1.ListMessagesRequest
+	33, // 35: harvest.executor.v1.SessionService.GetDiff:input_type -> harvest.executor.v1.GetDiffRequest
+	1,  // 36: harvest.executor.v1.SessionService.CreateSession:output_type -> harvest.executor.v1.CreateSessionResponse
+	3,  // 37: harvest.executor.v1.SessionService.GetSession:output_type -> harvest.executor.v1.GetSessionResponse
+	5,  // 38: harvest.executor.v1.SessionService.ListSessions:output_type -> harvest.executor.v1.ListSessionsResponse
+	7,  // 39: harvest.executor.v1.SessionService.TerminateSession:output_type -> harvest.executor.v1.TerminateSessionResponse
+	34, // 40: harvest.executor.v1.SessionService.UpdateSession:output_type -> harvest.executor.v1.UpdateSessionResponse
+	35, // 41: harvest.executor.v1.SessionService.WatchSession:output_type -> harvest.executor.v1.WatchSessionResponse
+	36, // 42: harvest.executor.v1.SessionService.PauseSession:output_type -> harvest.executor.v1.PauseSessionResponse
+	37, // 43: harvest.executor.v1.SessionService.ResumeSession:output_type -> harvest.executor.v1.ResumeSessionResponse
+	38, // 44: harvest.executor.v1.SessionService.ForkSession:output_type -> harvest.executor.v1.ForkSessionResponse
+	39, // 45: harvest.executor.v1.SessionService.SendPrompt:output_type -> harvest.executor.v1.SendPromptResponse
+	40, // 46: harvest.executor.v1.SessionService.WatchTurn:output_type -> harvest.executor.v1.WatchTurnResponse
+	41, // 47: harvest.executor.v1.SessionService.GetTurn:output_type -> harvest.executor.v1.GetTurnResponse
+	42, // 48: harvest.executor.v1.SessionService.ListTurns:output_type -> harvest.executor.v1.ListTurnsResponse
+	43, // 49: harvest.executor.v1.SessionService.CancelTurn:output_type -> harvest.executor.v1.CancelTurnResponse
+	44, // 50: harvest.executor.v1.SessionService.ListInteractions:output_type -> harvest.executor.v1.ListInteractionsResponse
+	45, // 51: harvest.executor.v1.SessionService.ResolveInteraction:output_type -> harvest.executor.v1.ResolveInteractionResponse
+	46, // 52: harvest.executor.v1.SessionService.ListMessages:output_type -> harvest.executor.v1.ListMessagesResponse
+	47, // 53: harvest.executor.v1.SessionService.GetDiff:output_type -> harvest.executor.v1.GetDiffResponse
+	36, // [36:54] is the sub-list for method output_type
+	18, // [18:36] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_harvest_executor_v1_session_service_proto_init() }
@@ -808,6 +833,7 @@ func file_harvest_executor_v1_session_service_proto_init() {
 	file_harvest_executor_v1_authorization_proto_init()
 	file_harvest_executor_v1_command_proto_init()
 	file_harvest_executor_v1_network_proto_init()
+	file_harvest_executor_v1_placement_proto_init()
 	file_harvest_executor_v1_session_proto_init()
 	file_harvest_executor_v1_session_requests_proto_init()
 	file_harvest_executor_v1_turn_requests_proto_init()

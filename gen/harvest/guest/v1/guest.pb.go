@@ -363,6 +363,7 @@ type Request struct {
 	//	*Request_Listen
 	//	*Request_Accept
 	//	*Request_Connect
+	//	*Request_Usage
 	Call          isRequest_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -511,6 +512,15 @@ func (x *Request) GetConnect() *ConnectRequest {
 	return nil
 }
 
+func (x *Request) GetUsage() *UsageRequest {
+	if x != nil {
+		if x, ok := x.Call.(*Request_Usage); ok {
+			return x.Usage
+		}
+	}
+	return nil
+}
+
 type isRequest_Call interface {
 	isRequest_Call()
 }
@@ -570,6 +580,11 @@ type Request_Connect struct {
 	Connect *ConnectRequest `protobuf:"bytes,14,opt,name=connect,proto3,oneof"`
 }
 
+type Request_Usage struct {
+	// Tells what the commands have used so far.
+	Usage *UsageRequest `protobuf:"bytes,15,opt,name=usage,proto3,oneof"`
+}
+
 func (*Request_Start) isRequest_Call() {}
 
 func (*Request_Read) isRequest_Call() {}
@@ -592,6 +607,8 @@ func (*Request_Accept) isRequest_Call() {}
 
 func (*Request_Connect) isRequest_Call() {}
 
+func (*Request_Usage) isRequest_Call() {}
+
 // Response is the guest's answer to one request.
 type Response struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -613,6 +630,7 @@ type Response struct {
 	//	*Response_Listen
 	//	*Response_Accept
 	//	*Response_Connect
+	//	*Response_Usage
 	Answer        isResponse_Answer `protobuf_oneof:"answer"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -770,6 +788,15 @@ func (x *Response) GetConnect() *ConnectResponse {
 	return nil
 }
 
+func (x *Response) GetUsage() *UsageResponse {
+	if x != nil {
+		if x, ok := x.Answer.(*Response_Usage); ok {
+			return x.Usage
+		}
+	}
+	return nil
+}
+
 type isResponse_Answer interface {
 	isResponse_Answer()
 }
@@ -834,6 +861,11 @@ type Response_Connect struct {
 	Connect *ConnectResponse `protobuf:"bytes,14,opt,name=connect,proto3,oneof"`
 }
 
+type Response_Usage struct {
+	// Answers usage.
+	Usage *UsageResponse `protobuf:"bytes,15,opt,name=usage,proto3,oneof"`
+}
+
 func (*Response_Error) isResponse_Answer() {}
 
 func (*Response_Start) isResponse_Answer() {}
@@ -857,6 +889,8 @@ func (*Response_Listen) isResponse_Answer() {}
 func (*Response_Accept) isResponse_Answer() {}
 
 func (*Response_Connect) isResponse_Answer() {}
+
+func (*Response_Usage) isResponse_Answer() {}
 
 // Error says why a call was not done.
 type Error struct {
@@ -2505,6 +2539,109 @@ func (*ConnectResponse) Descriptor() ([]byte, []int) {
 	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{27}
 }
 
+// UsageRequest asks what all programs of the sandbox have used. Engines whose boxes are
+// made by somebody else have no other way to know.
+type UsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsageRequest) Reset() {
+	*x = UsageRequest{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsageRequest) ProtoMessage() {}
+
+func (x *UsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
+func (*UsageRequest) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{28}
+}
+
+// UsageResponse says what was used, as well as it can be seen from inside.
+type UsageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Processes that are alive, without the guest.
+	Processes uint32 `protobuf:"varint,1,opt,name=processes,proto3" json:"processes,omitempty"`
+	// Processor time, of the living and of those that have been waited for.
+	CpuMicros uint64 `protobuf:"varint,2,opt,name=cpu_micros,json=cpuMicros,proto3" json:"cpu_micros,omitempty"`
+	// The most memory that a process had in use, or that all of them have now, whichever
+	// is more.
+	PeakMemoryBytes uint64 `protobuf:"varint,3,opt,name=peak_memory_bytes,json=peakMemoryBytes,proto3" json:"peak_memory_bytes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *UsageResponse) Reset() {
+	*x = UsageResponse{}
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsageResponse) ProtoMessage() {}
+
+func (x *UsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
+func (*UsageResponse) Descriptor() ([]byte, []int) {
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *UsageResponse) GetProcesses() uint32 {
+	if x != nil {
+		return x.Processes
+	}
+	return 0
+}
+
+func (x *UsageResponse) GetCpuMicros() uint64 {
+	if x != nil {
+		return x.CpuMicros
+	}
+	return 0
+}
+
+func (x *UsageResponse) GetPeakMemoryBytes() uint64 {
+	if x != nil {
+		return x.PeakMemoryBytes
+	}
+	return 0
+}
+
 // Setup is the first frame that a guest on the local engine reads, from an
 // inherited socket, before it is process 1 of anything useful: how to build its
 // root file system and how to give up its privileges. File descriptors that it
@@ -2550,7 +2687,7 @@ type Setup struct {
 
 func (x *Setup) Reset() {
 	*x = Setup{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2562,7 +2699,7 @@ func (x *Setup) String() string {
 func (*Setup) ProtoMessage() {}
 
 func (x *Setup) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[28]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2575,7 +2712,7 @@ func (x *Setup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setup.ProtoReflect.Descriptor instead.
 func (*Setup) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{28}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Setup) GetHostname() string {
@@ -2683,7 +2820,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2832,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[29]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2708,7 +2845,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{29}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Volume) GetSource() *Layer {
@@ -2742,7 +2879,7 @@ type Overlay struct {
 
 func (x *Overlay) Reset() {
 	*x = Overlay{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2754,7 +2891,7 @@ func (x *Overlay) String() string {
 func (*Overlay) ProtoMessage() {}
 
 func (x *Overlay) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[30]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2767,7 +2904,7 @@ func (x *Overlay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Overlay.ProtoReflect.Descriptor instead.
 func (*Overlay) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{30}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Overlay) GetTarget() string {
@@ -2814,7 +2951,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2826,7 +2963,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[31]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2839,7 +2976,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{31}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Layer) GetSource() isLayer_Source {
@@ -2896,7 +3033,7 @@ type SetupResult struct {
 
 func (x *SetupResult) Reset() {
 	*x = SetupResult{}
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[32]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2908,7 +3045,7 @@ func (x *SetupResult) String() string {
 func (*SetupResult) ProtoMessage() {}
 
 func (x *SetupResult) ProtoReflect() protoreflect.Message {
-	mi := &file_harvest_guest_v1_guest_proto_msgTypes[32]
+	mi := &file_harvest_guest_v1_guest_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2921,7 +3058,7 @@ func (x *SetupResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetupResult.ProtoReflect.Descriptor instead.
 func (*SetupResult) Descriptor() ([]byte, []int) {
-	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{32}
+	return file_harvest_guest_v1_guest_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SetupResult) GetError() string {
@@ -2935,7 +3072,7 @@ var File_harvest_guest_v1_guest_proto protoreflect.FileDescriptor
 
 const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\x98\x05\n" +
+	"\x1charvest/guest/v1/guest.proto\x12\x10harvest.guest.v1\"\xd0\x05\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x126\n" +
 	"\x05start\x18\x02 \x01(\v2\x1e.harvest.guest.v1.StartRequestH\x00R\x05start\x123\n" +
@@ -2948,8 +3085,9 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x06signal\x18\t \x01(\v2\x1f.harvest.guest.v1.SignalRequestH\x00R\x06signal\x129\n" +
 	"\x06listen\x18\f \x01(\v2\x1f.harvest.guest.v1.ListenRequestH\x00R\x06listen\x129\n" +
 	"\x06accept\x18\r \x01(\v2\x1f.harvest.guest.v1.AcceptRequestH\x00R\x06accept\x12<\n" +
-	"\aconnect\x18\x0e \x01(\v2 .harvest.guest.v1.ConnectRequestH\x00R\aconnectB\x06\n" +
-	"\x04call\"\xd7\x05\n" +
+	"\aconnect\x18\x0e \x01(\v2 .harvest.guest.v1.ConnectRequestH\x00R\aconnect\x126\n" +
+	"\x05usage\x18\x0f \x01(\v2\x1e.harvest.guest.v1.UsageRequestH\x00R\x05usageB\x06\n" +
+	"\x04call\"\x90\x06\n" +
 	"\bResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12/\n" +
 	"\x05error\x18\x02 \x01(\v2\x17.harvest.guest.v1.ErrorH\x00R\x05error\x127\n" +
@@ -2964,7 +3102,8 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	" \x01(\v2 .harvest.guest.v1.SignalResponseH\x00R\x06signal\x12:\n" +
 	"\x06listen\x18\f \x01(\v2 .harvest.guest.v1.ListenResponseH\x00R\x06listen\x12:\n" +
 	"\x06accept\x18\r \x01(\v2 .harvest.guest.v1.AcceptResponseH\x00R\x06accept\x12=\n" +
-	"\aconnect\x18\x0e \x01(\v2!.harvest.guest.v1.ConnectResponseH\x00R\aconnectB\b\n" +
+	"\aconnect\x18\x0e \x01(\v2!.harvest.guest.v1.ConnectResponseH\x00R\aconnect\x127\n" +
+	"\x05usage\x18\x0f \x01(\v2\x1f.harvest.guest.v1.UsageResponseH\x00R\x05usageB\b\n" +
 	"\x06answer\"\xf7\x02\n" +
 	"\x05Error\x120\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x1c.harvest.guest.v1.Error.KindR\x04kind\x12\x18\n" +
@@ -3096,7 +3235,13 @@ const file_harvest_guest_v1_guest_proto_rawDesc = "" +
 	"\x0eAcceptResponse\"$\n" +
 	"\x0eConnectRequest\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\"\x11\n" +
-	"\x0fConnectResponse\"\xe1\x03\n" +
+	"\x0fConnectResponse\"\x0e\n" +
+	"\fUsageRequest\"x\n" +
+	"\rUsageResponse\x12\x1c\n" +
+	"\tprocesses\x18\x01 \x01(\rR\tprocesses\x12\x1d\n" +
+	"\n" +
+	"cpu_micros\x18\x02 \x01(\x04R\tcpuMicros\x12*\n" +
+	"\x11peak_memory_bytes\x18\x03 \x01(\x04R\x0fpeakMemoryBytes\"\xe1\x03\n" +
 	"\x05Setup\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x125\n" +
 	"\boverlays\x18\x02 \x03(\v2\x19.harvest.guest.v1.OverlayR\boverlays\x12\x1b\n" +
@@ -3159,7 +3304,7 @@ func file_harvest_guest_v1_guest_proto_rawDescGZIP() []byte {
 }
 
 var file_harvest_guest_v1_guest_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_harvest_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(Stream)(0),              // 0: harvest.guest.v1.Stream
 	(ReadMode)(0),            // 1: harvest.guest.v1.ReadMode
@@ -3194,11 +3339,13 @@ var file_harvest_guest_v1_guest_proto_goTypes = []any{
 	(*AcceptResponse)(nil),   // 30: harvest.guest.v1.AcceptResponse
 	(*ConnectRequest)(nil),   // 31: harvest.guest.v1.ConnectRequest
 	(*ConnectResponse)(nil),  // 32: harvest.guest.v1.ConnectResponse
-	(*Setup)(nil),            // 33: harvest.guest.v1.Setup
-	(*Volume)(nil),           // 34: harvest.guest.v1.Volume
-	(*Overlay)(nil),          // 35: harvest.guest.v1.Overlay
-	(*Layer)(nil),            // 36: harvest.guest.v1.Layer
-	(*SetupResult)(nil),      // 37: harvest.guest.v1.SetupResult
+	(*UsageRequest)(nil),     // 33: harvest.guest.v1.UsageRequest
+	(*UsageResponse)(nil),    // 34: harvest.guest.v1.UsageResponse
+	(*Setup)(nil),            // 35: harvest.guest.v1.Setup
+	(*Volume)(nil),           // 36: harvest.guest.v1.Volume
+	(*Overlay)(nil),          // 37: harvest.guest.v1.Overlay
+	(*Layer)(nil),            // 38: harvest.guest.v1.Layer
+	(*SetupResult)(nil),      // 39: harvest.guest.v1.SetupResult
 }
 var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	8,  // 0: harvest.guest.v1.Request.start:type_name -> harvest.guest.v1.StartRequest
@@ -3212,37 +3359,39 @@ var file_harvest_guest_v1_guest_proto_depIdxs = []int32{
 	27, // 8: harvest.guest.v1.Request.listen:type_name -> harvest.guest.v1.ListenRequest
 	29, // 9: harvest.guest.v1.Request.accept:type_name -> harvest.guest.v1.AcceptRequest
 	31, // 10: harvest.guest.v1.Request.connect:type_name -> harvest.guest.v1.ConnectRequest
-	7,  // 11: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
-	10, // 12: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
-	12, // 13: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
-	15, // 14: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
-	24, // 15: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
-	26, // 16: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
-	17, // 17: harvest.guest.v1.Response.write:type_name -> harvest.guest.v1.WriteResponse
-	19, // 18: harvest.guest.v1.Response.resize:type_name -> harvest.guest.v1.ResizeResponse
-	21, // 19: harvest.guest.v1.Response.signal:type_name -> harvest.guest.v1.SignalResponse
-	28, // 20: harvest.guest.v1.Response.listen:type_name -> harvest.guest.v1.ListenResponse
-	30, // 21: harvest.guest.v1.Response.accept:type_name -> harvest.guest.v1.AcceptResponse
-	32, // 22: harvest.guest.v1.Response.connect:type_name -> harvest.guest.v1.ConnectResponse
-	3,  // 23: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
-	9,  // 24: harvest.guest.v1.StartRequest.terminal:type_name -> harvest.guest.v1.TerminalSize
-	1,  // 25: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
-	13, // 26: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
-	22, // 27: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
-	0,  // 28: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
-	9,  // 29: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
-	4,  // 30: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
-	2,  // 31: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
-	35, // 32: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
-	34, // 33: harvest.guest.v1.Setup.volumes:type_name -> harvest.guest.v1.Volume
-	36, // 34: harvest.guest.v1.Volume.source:type_name -> harvest.guest.v1.Layer
-	36, // 35: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
-	36, // 36: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	33, // 11: harvest.guest.v1.Request.usage:type_name -> harvest.guest.v1.UsageRequest
+	7,  // 12: harvest.guest.v1.Response.error:type_name -> harvest.guest.v1.Error
+	10, // 13: harvest.guest.v1.Response.start:type_name -> harvest.guest.v1.StartResponse
+	12, // 14: harvest.guest.v1.Response.read:type_name -> harvest.guest.v1.ReadResponse
+	15, // 15: harvest.guest.v1.Response.stop:type_name -> harvest.guest.v1.StopResponse
+	24, // 16: harvest.guest.v1.Response.release:type_name -> harvest.guest.v1.ReleaseResponse
+	26, // 17: harvest.guest.v1.Response.info:type_name -> harvest.guest.v1.InfoResponse
+	17, // 18: harvest.guest.v1.Response.write:type_name -> harvest.guest.v1.WriteResponse
+	19, // 19: harvest.guest.v1.Response.resize:type_name -> harvest.guest.v1.ResizeResponse
+	21, // 20: harvest.guest.v1.Response.signal:type_name -> harvest.guest.v1.SignalResponse
+	28, // 21: harvest.guest.v1.Response.listen:type_name -> harvest.guest.v1.ListenResponse
+	30, // 22: harvest.guest.v1.Response.accept:type_name -> harvest.guest.v1.AcceptResponse
+	32, // 23: harvest.guest.v1.Response.connect:type_name -> harvest.guest.v1.ConnectResponse
+	34, // 24: harvest.guest.v1.Response.usage:type_name -> harvest.guest.v1.UsageResponse
+	3,  // 25: harvest.guest.v1.Error.kind:type_name -> harvest.guest.v1.Error.Kind
+	9,  // 26: harvest.guest.v1.StartRequest.terminal:type_name -> harvest.guest.v1.TerminalSize
+	1,  // 27: harvest.guest.v1.ReadRequest.mode:type_name -> harvest.guest.v1.ReadMode
+	13, // 28: harvest.guest.v1.ReadResponse.chunks:type_name -> harvest.guest.v1.Chunk
+	22, // 29: harvest.guest.v1.ReadResponse.exit:type_name -> harvest.guest.v1.Exit
+	0,  // 30: harvest.guest.v1.Chunk.stream:type_name -> harvest.guest.v1.Stream
+	9,  // 31: harvest.guest.v1.ResizeRequest.size:type_name -> harvest.guest.v1.TerminalSize
+	4,  // 32: harvest.guest.v1.SignalRequest.scope:type_name -> harvest.guest.v1.SignalRequest.Scope
+	2,  // 33: harvest.guest.v1.Exit.stop_cause:type_name -> harvest.guest.v1.StopCause
+	37, // 34: harvest.guest.v1.Setup.overlays:type_name -> harvest.guest.v1.Overlay
+	36, // 35: harvest.guest.v1.Setup.volumes:type_name -> harvest.guest.v1.Volume
+	38, // 36: harvest.guest.v1.Volume.source:type_name -> harvest.guest.v1.Layer
+	38, // 37: harvest.guest.v1.Overlay.lower:type_name -> harvest.guest.v1.Layer
+	38, // 38: harvest.guest.v1.Overlay.writable:type_name -> harvest.guest.v1.Layer
+	39, // [39:39] is the sub-list for method output_type
+	39, // [39:39] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_harvest_guest_v1_guest_proto_init() }
@@ -3262,6 +3411,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Request_Listen)(nil),
 		(*Request_Accept)(nil),
 		(*Request_Connect)(nil),
+		(*Request_Usage)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[1].OneofWrappers = []any{
 		(*Response_Error)(nil),
@@ -3276,6 +3426,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Response_Listen)(nil),
 		(*Response_Accept)(nil),
 		(*Response_Connect)(nil),
+		(*Response_Usage)(nil),
 	}
 	file_harvest_guest_v1_guest_proto_msgTypes[2].OneofWrappers = []any{}
 	file_harvest_guest_v1_guest_proto_msgTypes[11].OneofWrappers = []any{}
@@ -3283,8 +3434,8 @@ func file_harvest_guest_v1_guest_proto_init() {
 		(*Exit_Code)(nil),
 		(*Exit_Signal)(nil),
 	}
-	file_harvest_guest_v1_guest_proto_msgTypes[28].OneofWrappers = []any{}
-	file_harvest_guest_v1_guest_proto_msgTypes[31].OneofWrappers = []any{
+	file_harvest_guest_v1_guest_proto_msgTypes[30].OneofWrappers = []any{}
+	file_harvest_guest_v1_guest_proto_msgTypes[33].OneofWrappers = []any{
 		(*Layer_MountFd)(nil),
 		(*Layer_Path)(nil),
 	}
@@ -3294,7 +3445,7 @@ func file_harvest_guest_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_harvest_guest_v1_guest_proto_rawDesc), len(file_harvest_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   33,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

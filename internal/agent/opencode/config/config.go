@@ -29,8 +29,9 @@ const (
 	Node     = Tools + "/bin/node"
 	// Workspace holds the repositories.
 	Workspace = "/workspace"
-	// MemoryDir is where a repository's memory is mounted, MemoryFile the session's own copy
-	// of it, which the memory server works on, MemorySeed what it is seeded from.
+	// MemoryDir is where a repository's memory is mounted. MemoryFile is what the memory
+	// server writes; its directory becomes a link to the session's own in MemoryDir.
+	// MemorySeed is what a memory is seeded from.
 	MemoryDir  = "/root/.mcp-memory"
 	MemoryFile = "/root/.harvest/memory/memory.jsonl"
 	MemorySeed = Dir + "/memory-seed.json"
@@ -160,30 +161,14 @@ func seeds() map[string]string {
 	}
 }
 
-// Script, for /bin/sh, completes Dir when its files are written: the empty directory,
+// Script completes Dir, by /bin/sh, when its files are written: the empty directory,
 // and the link at which OpenCode finds them, in place of what OpenCode makes there by
 // itself.
 func Script() string {
 	return `set -eu
-mkdir -p ` + Dir + `/node_modules ` + Workspace + ` ` + path.Dir(HomeLink) + ` ` + MemoryDir + `
+mkdir -p ` + Dir + `/node_modules ` + Workspace + ` ` + path.Dir(HomeLink) + ` ` + MemoryDir + ` ` + path.Dir(MemoryFile) + `
 chmod 755 ` + Dir + `
 if [ -d ` + HomeLink + ` ] && [ ! -L ` + HomeLink + ` ]; then rm -rf ` + HomeLink + `; fi
 ln -sfn ` + Dir + ` ` + HomeLink + `
 `
-}
-
-// Environment are the variables, NAME=value, that keep OpenCode's server from reaching
-// for the network when it starts and from trusting what lies in a repository. Its
-// password is not among them.
-func Environment() []string {
-	return []string{
-		"OPENCODE_CONFIG=" + Dir + "/opencode.json",
-		// A catalogue of models is built in.
-		"OPENCODE_DISABLE_MODELS_FETCH=1",
-		"OPENCODE_DISABLE_AUTOUPDATE=1",
-		"OPENCODE_DISABLE_DEFAULT_PLUGINS=1",
-		"OPENCODE_DISABLE_LSP_DOWNLOAD=1",
-		// A repository's own configuration can name commands, which OpenCode would run.
-		"OPENCODE_DISABLE_PROJECT_CONFIG=1",
-	}
 }

@@ -185,15 +185,3 @@ func TestRefuses(t *testing.T) {
 		}
 	}
 }
-
-func TestEnvironment(t *testing.T) {
-	env := config.Environment()
-	for _, want := range []string{
-		"OPENCODE_DISABLE_PROJECT_CONFIG=1", "OPENCODE_DISABLE_MODELS_FETCH=1", "OPENCODE_DISABLE_AUTOUPDATE=1",
-		"OPENCODE_DISABLE_DEFAULT_PLUGINS=1", "OPENCODE_DISABLE_LSP_DOWNLOAD=1", "OPENCODE_CONFIG=/app/opencode.json",
-	} {
-		if !slices.Contains(env, want) {
-			t.Errorf("without %s: %v", want, env)
-		}
-	}
-}

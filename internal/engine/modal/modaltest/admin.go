@@ -134,7 +134,7 @@ func (r Remote) Advance(ctx context.Context, by time.Duration) error {
 	return r.call(ctx, "/advance", by, nil)
 }
 
-// ExpireTokens makes all tokens invalid.
+// ExpireTokens makes all tokens for routers invalid.
 func (r Remote) ExpireTokens(ctx context.Context) error {
 	return r.call(ctx, "/expire-tokens", nil, nil)
 }

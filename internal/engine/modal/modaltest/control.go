@@ -11,7 +11,7 @@ import (
 
 func internal(err error) error { return status.Error(codes.Internal, err.Error()) }
 
-// ExpireTokens makes all tokens that were given out invalid.
+// ExpireTokens makes all tokens for routers invalid that were given out so far.
 func (f *Fake) ExpireTokens() {
 	f.mu.Lock()
 	defer f.mu.Unlock()

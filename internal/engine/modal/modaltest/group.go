@@ -44,7 +44,11 @@ func newGroups(name string) (group, error) {
 		}
 	}
 	for _, dir := range []*string{&g.dir, &g.memory} {
-		if *dir != "" && os.Mkdir(*dir, 0o755) != nil {
+		if *dir == "" {
+			continue
+		}
+		sweepGroups(filepath.Dir(*dir))
+		if os.Mkdir(*dir, 0o755) != nil {
 			*dir = "" // a read-only one, as in containers
 		}
 	}
@@ -52,6 +56,21 @@ func newGroups(name string) (group, error) {
 		_ = os.WriteFile(filepath.Join(g.dir, "cgroup.subtree_control"), []byte("+memory"), 0o644)
 	}
 	return g, nil
+}
+
+// sweepGroups removes the groups of fakes whose processes were killed, which takes their
+// sandboxes with it. What is not empty yet is left for the next one.
+func sweepGroups(parent string) {
+	entries, _ := filepath.Glob(filepath.Join(parent, dirPrefix+"*")) // the pattern is well-formed
+	for _, e := range entries {
+		if name, _ := strings.CutPrefix(filepath.Base(e), dirPrefix); !dead(name) {
+			continue
+		}
+		below, _ := filepath.Glob(filepath.Join(e, "ta-*"))
+		for _, dir := range append(below, e) {
+			_ = os.Remove(dir)
+		}
+	}
 }
 
 // of makes the group of one box.

@@ -226,6 +226,10 @@ func (in *inside) start(o order, files []*os.File) {
 		master, files = m, []*os.File{s, s, s}
 		attributes.Setctty = true
 	}
+	if _, err := os.Stat(o.Dir); err != nil { // else it looks as if the program were missing
+		fail(fmt.Errorf("working directory: %w", err))
+		return
+	}
 	path, err := lookUp(o.Args[0], o.Env, o.Dir)
 	if err != nil {
 		fail(err)

@@ -18,12 +18,14 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/harvest-run/executord/internal/engine/local/hostimage"
 	pb "github.com/modal-labs/modal-client/go/proto/modal_proto"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/keepalive"
 )
@@ -82,10 +84,11 @@ type Fake struct {
 	faults    faults
 	clock     clock
 	stop      context.CancelCauseFunc
+	done      chan struct{} // closed at Close
 
 	mu        sync.Mutex
 	closed    bool
-	revoked   time.Time // tokens that were made before are not valid
+	revoked   time.Time // tokens for routers that were made before are not valid
 	apps      map[string]string
 	sandboxes map[string]*sandbox // by id
 	tasks     map[string]*sandbox // by task id
@@ -107,6 +110,30 @@ type trouble struct {
 	resultLag  time.Duration // how long an end is not yet known to the control plane
 }
 
+// dirPrefix begins the names of what a fake makes on the host; the process id follows.
+const dirPrefix = "modaltest-"
+
+// sweep removes what fakes left in a directory whose processes were killed.
+func sweep(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if name, ok := strings.CutPrefix(e.Name(), dirPrefix); ok && dead(name) {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	return err
+}
+
+// dead says that a name begins with the id of a process that is not there.
+func dead(name string) bool {
+	id, _, ok := strings.Cut(name, "-")
+	pid, err := strconv.Atoi(id)
+	return ok && err == nil && pid > 0 && errors.Is(unix.Kill(pid, 0), unix.ESRCH)
+}
+
 // errClosed is the cause of the end of everything at Close.
 var errClosed = errors.New("the fake of Modal was closed")
 
@@ -116,17 +143,23 @@ func Start(cfg Config) (*Fake, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp(cfg.Dir, "modaltest-")
-	if err != nil {
+	if cfg.Dir == "" {
+		cfg.Dir = os.TempDir()
+	}
+	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return nil, err
 	}
-	if dir, err = filepath.Abs(dir); err != nil {
+	if err := sweep(cfg.Dir); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(cfg.Dir, fmt.Sprintf("%s%d-", dirPrefix, os.Getpid()))
+	if err != nil {
 		return nil, err
 	}
 	f := &Fake{
 		cfg: cfg, dir: dir, program: program, boot: strings.ToLower(rand.Text()[:8]), key: []byte(rand.Text()), log: cfg.Logger,
 		apps: make(map[string]string), sandboxes: make(map[string]*sandbox), tasks: make(map[string]*sandbox),
-		created: make(map[string]*creation), secrets: make(map[string]*secret), images: make(map[string]*image),
+		created: make(map[string]*creation), secrets: make(map[string]*secret), images: make(map[string]*image), done: make(chan struct{}),
 		built: make(map[string]string), tags: make(map[string]string), tokens: make(map[string]connectToken), volumes: make(map[string]*volume),
 	}
 	if f.log == nil {
@@ -186,6 +219,7 @@ func (f *Fake) serve() error {
 	}
 	f.link = newLink(listener, f.cfg.RoundTrip)
 	f.server = grpc.NewServer(
+		grpc.WaitForHandlers(true),
 		grpc.MaxRecvMsgSize(100<<20), grpc.MaxSendMsgSize(100<<20),
 		grpc.InitialWindowSize(64<<20), grpc.InitialConnWindowSize(64<<20),
 		// The SDK pings every 30 s; a server that does not expect it hangs up.
@@ -241,6 +275,7 @@ func (f *Fake) Close() error {
 	}
 	f.mu.Unlock()
 	f.stop(errClosed)
+	close(f.done)
 	f.link.resetAll() // no call is waited for
 	f.server.Stop()
 	_ = f.webServer.Close() // its listener is of nobody's concern

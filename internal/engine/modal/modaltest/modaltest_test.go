@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,6 +22,12 @@ func TestMain(m *testing.M) {
 
 // start starts a fake that leaves nothing behind.
 func start(t *testing.T, cfg modaltest.Config) *modaltest.Fake {
+	t.Helper()
+	t.Parallel() // they sleep more than they work
+	return startFor(t, cfg)
+}
+
+func startFor(t testing.TB, cfg modaltest.Config) *modaltest.Fake {
 	t.Helper()
 	cfg.Dir = t.TempDir()
 	f, err := modaltest.Start(cfg)
@@ -38,11 +45,23 @@ func start(t *testing.T, cfg modaltest.Config) *modaltest.Fake {
 	return f
 }
 
-// client is the SDK, as a program has it.
-func client(t *testing.T, f *modaltest.Fake) *modal.Client {
+// environment is held while a client looks at its environment: tests run side by side.
+var environment sync.Mutex
+
+// client is the SDK, as a program has it, with further variables.
+func client(t testing.TB, f *modaltest.Fake, variables ...string) *modal.Client {
 	t.Helper()
-	f.Setenv(t)
+	environment.Lock()
+	for k, v := range f.Environment() {
+		os.Setenv(k, v)
+	}
+	for _, v := range variables {
+		k, v, _ := strings.Cut(v, "=")
+		os.Setenv(k, v)
+		defer os.Unsetenv(k)
+	}
 	c, err := modal.NewClient()
+	environment.Unlock()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,9 +76,9 @@ type workspace struct {
 	image *modal.Image
 }
 
-func prepare(t *testing.T, f *modaltest.Fake) workspace {
+func prepare(t testing.TB, f *modaltest.Fake, variables ...string) workspace {
 	t.Helper()
-	c := client(t, f)
+	c := client(t, f, variables...)
 	app, err := c.Apps.FromName(t.Context(), "app", &modal.AppFromNameParams{CreateIfMissing: true})
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +91,7 @@ func prepare(t *testing.T, f *modaltest.Fake) workspace {
 }
 
 // create makes a sandbox whose handle is given up before the client.
-func (w workspace) create(t *testing.T, p *modal.SandboxCreateParams) *modal.Sandbox {
+func (w workspace) create(t testing.TB, p *modal.SandboxCreateParams) *modal.Sandbox {
 	t.Helper()
 	sb, err := w.Sandboxes.Create(t.Context(), w.app, w.image, p)
 	if err != nil {

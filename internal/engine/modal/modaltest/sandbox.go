@@ -108,6 +108,9 @@ func (f *Fake) makeSandbox(ctx context.Context, id string, request *pb.SandboxCr
 		case <-ctx.Done():
 			f.drop(s)
 			return nil, status.FromContextError(ctx.Err()).Err()
+		case <-f.done:
+			f.drop(s)
+			return nil, status.Error(codes.Unavailable, errClosed.Error())
 		}
 	}
 	if err := f.open(ctx, s); err != nil {

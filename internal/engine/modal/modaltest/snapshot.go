@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"time"
 
 	pb "github.com/modal-labs/modal-client/go/proto/modal_proto"
@@ -96,8 +95,7 @@ func (r *router) TaskSnapshotFilesystem(ctx context.Context, q *pb.TaskSnapshotF
 }
 
 func (s *sandbox) wantsExitSnapshot() bool {
-	const option = "enable_exit_snapshot"
-	return s.definition.GetExperimentalOptions()[option] || strings.EqualFold(s.definition.GetExperimentalOptionsV2()[option], "true")
+	return s.definition.GetExperimentalOptionsV2()["enable_exit_snapshot"] == "true"
 }
 
 // takeExitSnapshot makes the snapshot of a sandbox that ends, if it wants one.
