@@ -554,6 +554,7 @@ func TestBadValues(t *testing.T) {
 		{"images.npm_registry", "https://me:secret@x.example", "does not match"},
 		{"images.allow", "a%b", "does not match"},
 		{"images.packages", "Hello", "does not match"},
+		{"images.tools_dir", "opt/tools", "is not an absolute path"},
 	}
 	tested := make(map[string]bool)
 	for _, test := range tests {
@@ -780,7 +781,7 @@ func TestFieldNames(t *testing.T) {
 	want := []string{"admission-max-queue-wait", "admission-max-queued", "admission-max-running", "admission-max-sandboxes", "auth-certificates-admins", "auth-certificates-operators", "auth-certificates-users", "auth-methods",
 		"auth-oidc-admins", "auth-oidc-algorithms", "auth-oidc-audience", "auth-oidc-issuer", "auth-oidc-leeway", "auth-oidc-operators",
 		"auth-oidc-role-claim", "auth-oidc-users", "auth-quotas-running-executions", "auth-quotas-sessions", "auth-quotas-stored-bytes",
-		"broker-private-upstreams", "broker-secrets", "config", "drain-timeout", "engine", "help", "images-allow", "images-debian-mirror", "images-npm-registry", "images-packages", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
+		"broker-private-upstreams", "broker-secrets", "config", "drain-timeout", "engine", "help", "images-allow", "images-debian-mirror", "images-npm-registry", "images-packages", "images-tools-dir", "limits-cpu-millis", "limits-disk-bytes", "limits-memory-bytes", "limits-open-files", "limits-pids", "listen",
 		"local-blank-guests", "local-cgroup-parent", "local-enabled", "local-extra-paths", "local-uid-base", "local-uid-count", "log-format", "log-level",
 		"modal-app", "modal-dockerfile", "modal-enabled", "modal-environment", "modal-exit-snapshots", "modal-idle-timeout", "modal-image", "modal-lifetime",
 		"modal-max-creates-per-minute", "modal-max-sandboxes", "modal-open-network", "modal-outbound-cidrs", "modal-regions", "modal-runtime",
@@ -901,6 +902,7 @@ images:
   npm_registry: https://registry.npmjs.org
   allow: []
   packages: []
+  tools_dir: ""
 `
 	if diff := cmp.Diff(want, string(got)); diff != "" {
 		t.Errorf("differs (-want +got):\n%s", diff)
