@@ -12,6 +12,8 @@ import (
 
 	"github.com/harvest-run/executord/internal/engine/modal/modaltest"
 	modal "github.com/modal-labs/modal-client/go"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 func TestSnapshotHasTheRoot(t *testing.T) {
@@ -157,6 +159,38 @@ func TestVolumesAreSeenWhenTheyAreCommitted(t *testing.T) {
 	}
 	if _, err := w.Volumes.FromName(ctx, "cache", nil); !errors.As(err, new(modal.NotFoundError)) {
 		t.Errorf("after it was deleted: %v", err)
+	}
+}
+
+func TestReloadWithOpenFiles(t *testing.T) {
+	w := prepare(t, start(t, modaltest.Config{OpenFiles: true}))
+	v, err := w.Volumes.FromName(t.Context(), "cache", &modal.VolumeFromNameParams{CreateIfMissing: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounts := &modal.SandboxCreateParams{Volumes: map[string]*modal.Volume{"/cache": v}}
+	sb := w.create(t, mounts)
+	p, err := sb.Exec(t.Context(), []string{"sh", "-c", "exec 3>/cache/f; echo word >&3; echo up; read x"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(p.Stdout, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.ReloadVolumes(t.Context(), nil); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("with an open file: %v", err)
+	}
+	if got := out(t, w.create(t, mounts), "cat /cache/f"); got != "word" {
+		t.Errorf("committed is %q", got)
+	}
+	if err := p.Stdin.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.Wait(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := sb.ReloadVolumes(t.Context(), nil); err != nil {
+		t.Errorf("without: %v", err)
 	}
 }
 
