@@ -50,11 +50,12 @@ func TestSnapshotHasTheRoot(t *testing.T) {
 func TestSnapshotWhileProgramsWriteIsOfOneMoment(t *testing.T) {
 	w := prepare(t, start(t, modaltest.Config{}))
 	sb := w.create(t, nil)
-	// Two files that are never more than one apart: the first is written first.
-	if _, err := sb.Exec(t.Context(), []string{"sh", "-c", "n=0; while :; do n=$((n+1)); echo $n > /b/n; echo $n > /a/n; done"}, nil); err != nil {
+	out(t, sb, "mkdir /a /b")
+	// Two files that are never more than a line apart: that of b is written first.
+	if _, err := sb.Exec(t.Context(), []string{"sh", "-c", "n=0; while :; do n=$((n+1)); echo $n >> /b/n; echo $n >> /a/n; done"}, nil); err != nil {
 		t.Fatal(err)
 	}
-	out(t, sb, "mkdir /a /b; head -c 30m /dev/urandom > /a/zzz; sleep 0.2")
+	out(t, sb, "head -c 30m /dev/urandom > /a/zzz; sleep 0.2")
 	img, err := sb.SnapshotFilesystem(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -64,7 +65,7 @@ func TestSnapshotWhileProgramsWriteIsOfOneMoment(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer again.Detach()
-	fields := strings.Fields(out(t, again, "cat /a/n /b/n"))
+	fields := strings.Fields(out(t, again, "tail -qn 1 /a/n /b/n"))
 	var n []int
 	for _, field := range fields {
 		i, err := strconv.Atoi(field)
@@ -73,10 +74,10 @@ func TestSnapshotWhileProgramsWriteIsOfOneMoment(t *testing.T) {
 		}
 		n = append(n, i)
 	}
-	if len(n) == 2 && n[1]-n[0] > 1 {
+	if len(n) != 2 || n[1] < n[0] || n[1]-n[0] > 1 {
 		t.Errorf("the files are of different moments: %v", n)
 	}
-	if before := out(t, sb, "cat /b/n; sleep 0.2"); before == out(t, sb, "cat /b/n") {
+	if before := out(t, sb, "wc -l < /b/n; sleep 0.3"); before == out(t, sb, "wc -l < /b/n") {
 		t.Error("the program does not go on")
 	}
 }
