@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/fault"
@@ -160,6 +161,21 @@ func TestAgentRequests(t *testing.T) {
 		r.restart()
 		_, err = r.Create(t.Context(), withAgent())
 		wantFault(t, err, fault.FailedPrecondition, "NO_AGENTS")
+	})
+}
+
+// TestHostNetwork is refused where credentials would be within reach of the host's programs.
+func TestHostNetwork(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		r := hostRig(t)
+		r.running(session.Request{Network: egress.Policy{Mode: engine.NetworkHost}})
+		for _, change := range []func(*session.Request){func(*session.Request) {}, func(q *session.Request) { q.Agent = nil }, func(q *session.Request) { q.Repositories = nil }} {
+			request := withAgent()
+			request.Network = egress.Policy{Mode: engine.NetworkHost}
+			change(&request)
+			_, err := r.Create(t.Context(), request)
+			wantFault(t, err, fault.FailedPrecondition, "NETWORK_NOT_ALLOWED")
+		}
 	})
 }
 

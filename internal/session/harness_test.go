@@ -14,6 +14,7 @@ import (
 
 	"github.com/harvest-run/executord/internal/admission"
 	"github.com/harvest-run/executord/internal/caller"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/engine/engines"
@@ -190,6 +191,8 @@ type rig struct {
 	// parts are the Config's, dir has the logs.
 	parts session.Parts
 	dir   string
+	// network is the Config's; nil for none.
+	network *egress.Gateway
 }
 
 // The calls of a caller who has no name, for what nobody owns.
@@ -235,7 +238,7 @@ func newRig(t *testing.T, hooks enginefake.Hooks) *rig {
 func (r *rig) open() {
 	r.t.Helper()
 	s, err := session.New(session.Config{
-		Engines: engines.Set{r.fake}, Store: r.store, MaxPerOwner: r.quota, Pool: r.pool, Admission: r.admission, Parts: r.parts, Dir: r.dir, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
+		Engines: engines.Set{r.fake}, Store: r.store, MaxPerOwner: r.quota, Pool: r.pool, Admission: r.admission, Parts: r.parts, Dir: r.dir, Network: r.network, Logger: slog.New(slog.NewTextHandler(r.log, nil)),
 	})
 	if err != nil {
 		r.t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/harvest-run/executord/internal/agent"
+	"github.com/harvest-run/executord/internal/egress"
 	"github.com/harvest-run/executord/internal/engine"
 	"github.com/harvest-run/executord/internal/engine/enginefake"
 	"github.com/harvest-run/executord/internal/fault"
@@ -174,6 +175,20 @@ func agentRig(t *testing.T, hooks enginefake.Hooks, lifetime time.Duration) (*ri
 	t.Cleanup(r.fake.Shutdown)
 	r.open()
 	return r, f
+}
+
+// hostRig is an agentRig that gives out the host's network.
+func hostRig(t *testing.T) *rig {
+	t.Helper()
+	r, _ := agentRig(t, enginefake.Hooks{}, 0)
+	network, err := egress.New(egress.Config{Max: engine.NetworkHost, Engine: "fake", Capable: map[string][]engine.Network{"fake": {engine.NetworkNone, engine.NetworkHost}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { network.Close() })
+	r.network = network
+	r.restart()
+	return r
 }
 
 // withAgent asks for a session with two repositories and an agent.

@@ -223,6 +223,11 @@ func (s *Service) create(ctx context.Context, r Request, d Details) (Session, er
 	if err != nil {
 		return Session{}, err
 	}
+	if network.Mode == engine.NetworkHost && (len(d.Repositories) > 0 || d.Agent != nil) {
+		// What adds credentials listens on the loopback of the sandbox, which then is the host's.
+		return Session{}, fault.New(fault.FailedPrecondition, "NETWORK_NOT_ALLOWED",
+			"a session with repositories or an agent cannot have the host's network: every program on the host could use its credentials; ask for none or egress")
+	}
 	if err := on.CheckSpec(engine.Spec{Limits: r.Limits, Network: network.Mode, Placement: r.Placement, Labels: r.Labels}); err != nil {
 		return Session{}, err
 	}

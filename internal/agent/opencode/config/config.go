@@ -6,8 +6,8 @@
 package config
 
 import (
-	"encoding/json"
 	"embed"
+	"encoding/json"
 	"fmt"
 	"path"
 	"regexp"
