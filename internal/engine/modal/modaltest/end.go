@@ -70,8 +70,8 @@ func (f *Fake) finish(s *sandbox, how ended) {
 	if entry != nil {
 		entry.closeInput()
 	}
-	for _, p := range processes {
-		p.closeInput()
+	for _, p := range processes { // nobody is told of them any more
+		p.discard()
 	}
 	for _, t := range tunnels {
 		t.close()
@@ -100,13 +100,8 @@ func (s *sandbox) programsLocked() []*process {
 func (f *Fake) destroy(s *sandbox) {
 	f.finish(s, ended{})
 	f.mu.Lock()
-	processes := s.programsLocked()
-	s.processes = nil
 	entry := s.entry
 	f.mu.Unlock()
-	for _, p := range processes {
-		p.discard()
-	}
 	if entry != nil {
 		entry.discard()
 	}

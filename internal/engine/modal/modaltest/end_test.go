@@ -53,6 +53,43 @@ func TestTheSandboxEndsWithItsProgram(t *testing.T) {
 	}
 }
 
+func TestOutputOfTheSandboxsProgramAfterItsEnd(t *testing.T) {
+	w := prepare(t, start(t, modaltest.Config{}))
+	sb := w.create(t, &modal.SandboxCreateParams{Command: []string{"sh", "-c", "echo last words"}})
+	if _, err := sb.Wait(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := readAll(t.Context(), sb.Stdout); err != nil || string(text) != "last words\n" {
+		t.Errorf("read %q, %v", text, err)
+	}
+}
+
+func TestReadiness(t *testing.T) {
+	w := prepare(t, start(t, modaltest.Config{}))
+	byFile, err := modal.NewExecProbe([]string{"test", "-e", "/ready"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	byPort, err := modal.NewTCPProbe(8000, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, sb := range map[string]*modal.Sandbox{
+		"touch /ready": w.create(t, &modal.SandboxCreateParams{ReadinessProbe: byFile}),
+		"python3 -m http.server 8000 --directory /etc/ssl >/dev/null 2>&1 & sleep 100": w.create(t, &modal.SandboxCreateParams{ReadinessProbe: byPort}),
+	} {
+		if err := sb.WaitUntilReady(t.Context(), 300*time.Millisecond, nil); err == nil {
+			t.Errorf("%s: ready before", what)
+		}
+		if _, err := sb.Exec(t.Context(), []string{"sh", "-c", what}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if err := sb.WaitUntilReady(t.Context(), 20*time.Second, nil); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 func TestOutputOfTheSandboxsProgram(t *testing.T) {
 	w := prepare(t, start(t, modaltest.Config{}))
 	sb := w.create(t, &modal.SandboxCreateParams{Command: []string{"sh", "-c", "echo from the start; read x; sleep 1000"}})

@@ -56,6 +56,10 @@ type Config struct {
 	// HostNetwork gives sandboxes whose network is open that of the host. Otherwise they
 	// have one of their own with nothing but loopback, as those have that are blocked.
 	HostNetwork bool
+	// OpenFiles refuses to reload volumes of which a program in the sandbox has a file open,
+	// as Modal's documentation says; what was written is committed all the same, which it
+	// does not say.
+	OpenFiles bool
 	// ForgetRequests makes it answer a repeated creation as if it were a new one. It is
 	// not known whether Modal keeps the idempotency keys that the SDK sends.
 	ForgetRequests bool

@@ -23,30 +23,39 @@ type router struct {
 // chunk is how much output is sent at a time, bytes.
 const chunk = 64 << 10
 
-// task finds the sandbox of a call, which must have the token for it.
+// task finds the running sandbox of a call, which must have the token for it.
 func (r *router) task(ctx context.Context, id string) (*sandbox, error) {
+	s, over, err := r.known(ctx, id)
+	if err == nil && over {
+		return nil, errTaskOver(id)
+	}
+	return s, err
+}
+
+// known is task, for one that is over too.
+func (r *router) known(ctx context.Context, id string) (s *sandbox, over bool, err error) {
 	f := r.fake
 	token, _ := strings.CutPrefix(first(ctx, "authorization"), "Bearer ")
 	if err := f.check(token, id); err != nil {
-		return nil, status.Error(codes.Unauthenticated, err.Error())
+		return nil, false, status.Error(codes.Unauthenticated, err.Error())
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s := f.tasks[id]
+	s = f.tasks[id]
 	switch {
-	case s == nil:
-		return nil, status.Errorf(codes.NotFound, "task %s not found", id)
+	case s == nil || s.forgotten:
+		return nil, false, status.Errorf(codes.NotFound, "task %s not found", id)
 	case s.workerDead:
 		if p, ok := peer.FromContext(ctx); ok {
 			f.link.reset(p.Addr.String())
 		}
-		return nil, status.Error(codes.Unavailable, "the worker is gone")
+		return nil, false, status.Error(codes.Unavailable, "the worker is gone")
 	case s.ending:
-		return nil, errTaskOver(id)
+		return s, true, nil
 	case time.Now().Before(s.up):
-		return nil, status.Errorf(codes.Unavailable, "task %s is not there yet", id)
+		return nil, false, status.Errorf(codes.Unavailable, "task %s is not there yet", id)
 	}
-	return s, nil
+	return s, false, nil
 }
 
 // exec finds a program that was started in a task.

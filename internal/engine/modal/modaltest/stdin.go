@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"time"
 
 	pb "github.com/modal-labs/modal-client/go/proto/modal_proto"
 	"google.golang.org/grpc"
@@ -99,9 +100,10 @@ func (r *router) SandboxStdinWriteV2(ctx context.Context, q *pb.SandboxStdinWrit
 	return &pb.SandboxStdinWriteV2Response{}, nil
 }
 
-// SandboxStdioReadV2 sends the output of the sandbox's own program, from an offset on.
+// SandboxStdioReadV2 sends the output of the sandbox's own program, from an offset on. It
+// is there after the end too.
 func (r *router) SandboxStdioReadV2(q *pb.SandboxStdioReadV2Request, stream grpc.ServerStreamingServer[pb.SandboxStdioReadV2Response]) error {
-	s, err := r.task(stream.Context(), q.GetTaskId())
+	s, _, err := r.known(stream.Context(), q.GetTaskId())
 	if err != nil {
 		return err
 	}
@@ -125,11 +127,54 @@ func (r *router) SandboxStdioReadV2(q *pb.SandboxStdioReadV2Request, stream grpc
 	})
 }
 
-// SandboxWaitUntilReady answers at once: a sandbox without a probe is ready when it runs.
+// SandboxWaitUntilReady waits until the sandbox's probe succeeds; one without is ready when
+// it runs.
 func (r *router) SandboxWaitUntilReady(ctx context.Context, q *pb.SandboxWaitUntilReadyTcrRequest) (*pb.SandboxWaitUntilReadyTcrResponse, error) {
-	s, err := r.task(ctx, q.GetTaskId())
-	if err != nil {
-		return nil, err
+	probe := (*pb.Probe)(nil)
+	for {
+		s, err := r.task(ctx, q.GetTaskId())
+		if err != nil {
+			return nil, err
+		}
+		probe = s.definition.GetReadinessProbe()
+		ready, err := s.probe(ctx)
+		if err != nil {
+			return nil, internal(err)
+		}
+		if ready {
+			return pb.SandboxWaitUntilReadyTcrResponse_builder{ReadyAt: seconds(r.fake.clock.now())}.Build(), nil
+		}
+		select {
+		case <-time.After(time.Duration(max(probe.GetIntervalMs(), 10)) * time.Millisecond):
+		case <-ctx.Done():
+			return nil, status.FromContextError(ctx.Err()).Err()
+		}
 	}
-	return pb.SandboxWaitUntilReadyTcrResponse_builder{ReadyAt: seconds(s.created)}.Build(), nil
+}
+
+// probe says whether a sandbox is ready.
+func (s *sandbox) probe(ctx context.Context) (bool, error) {
+	switch p := s.definition.GetReadinessProbe(); {
+	case p.HasTcpPort():
+		c, err := s.box.dial(ctx, int(p.GetTcpPort()))
+		if err != nil {
+			return false, nil // nobody listens yet
+		}
+		return true, c.Close()
+	case p.HasExecCommand():
+		q, err := s.box.start(program{
+			id: newID("probe"), args: p.GetExecCommand().GetArgv(), env: s.env, dir: s.dir(""), noStdout: true, noStderr: true,
+		})
+		if err != nil {
+			return false, err
+		}
+		defer q.discard()
+		select {
+		case <-q.ended:
+			return q.code == 0 && q.signal == 0, nil
+		case <-ctx.Done():
+			return false, nil // the caller sees it
+		}
+	}
+	return true, nil
 }

@@ -7,10 +7,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 
 	pb "github.com/modal-labs/modal-client/go/proto/modal_proto"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // volume is what has been committed to a volume. Sandboxes see copies of it.
@@ -174,11 +178,40 @@ func (m *mounted) commit(ctx context.Context) error {
 // commitVolumes makes what a sandbox wrote to its volumes visible to others.
 func (f *Fake) commitVolumes(s *sandbox) error { return s.eachVolume((*mounted).commit) }
 
+// errOpenFiles is the answer to a reload of a volume in use.
+var errOpenFiles = errors.New("there are open files preventing the operation")
+
 // reloadVolumes commits, and shows the sandbox what others have committed.
 func (f *Fake) reloadVolumes(s *sandbox) error {
+	if f.cfg.OpenFiles && s.hasOpenFiles() {
+		return errors.Join(f.commitVolumes(s), errOpenFiles)
+	}
 	return s.eachVolume(func(m *mounted, ctx context.Context) error {
 		return errors.Join(m.commit(ctx), m.refresh(ctx))
 	})
+}
+
+// hasOpenFiles says whether a program in the sandbox has a file of a volume open. Links of
+// its files are paths in its own root.
+func (s *sandbox) hasOpenFiles() bool {
+	inside, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/mnt", s.box.first.Process.Pid))
+	if err != nil {
+		return false // it has ended
+	}
+	programs, _ := filepath.Glob("/proc/[0-9]*/ns/mnt") // the pattern is well-formed
+	for _, p := range programs {
+		if ns, err := os.Readlink(p); err != nil || ns != inside {
+			continue
+		}
+		files, _ := filepath.Glob(strings.TrimSuffix(p, "ns/mnt") + "fd/*")
+		for _, file := range files {
+			target, err := os.Readlink(file)
+			if err == nil && slices.ContainsFunc(s.mounts, func(m *mounted) bool { return strings.HasPrefix(target, m.mount.GetMountPath()+"/") }) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func (s *sandbox) eachVolume(do func(*mounted, context.Context) error) error {
@@ -201,7 +234,11 @@ func (r *router) TaskReloadVolumes(ctx context.Context, q *pb.TaskReloadVolumesR
 		return nil, err
 	}
 	defer r.fake.occupy(s)()
-	if err := r.fake.reloadVolumes(s); err != nil {
+	err = r.fake.reloadVolumes(s)
+	if errors.Is(err, errOpenFiles) {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	if err != nil {
 		return nil, internal(err)
 	}
 	return &pb.TaskReloadVolumesResponse{}, nil

@@ -155,6 +155,14 @@ func TestKilledProgramTakesItsSandboxesWithIt(t *testing.T) {
 	if _, err := sb.Exec(ctx, []string{"sleep", "98767"}, nil); err != nil {
 		t.Fatal(err)
 	}
+	// It dies with news from the sandbox unread, which ends their connection in another way.
+	if _, err := sb.Exec(ctx, []string{"sleep", "0.2"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond)
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
