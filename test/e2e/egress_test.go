@@ -312,7 +312,7 @@ for i in {1..100}; do curl -sS http://web.test:$PLAIN/hello >> all & done; wait;
 	var size, speed [2]float64
 	var many int
 	if _, err := fmt.Sscan(k.stdout(), &size[0], &speed[0], &size[1], &speed[1], &many); err != nil || size != [2]float64{bigBytes, bigBytes} || many != 100 {
-		t.Fatalf("%v: %s%s", err, k.stdout(), k.stderr())
+		t.Fatalf("%v: %s%s\n%v", err, k.stdout(), k.stderr(), k.result)
 	}
 	t.Logf("1 GiB through a tunnel at %.0f MB/s, as plain HTTP at %.0f MB/s; executord grew by %d MiB",
 		speed[0]/1e6, speed[1]/1e6, (rss(t, d.process.Process.Pid)-before)>>20)
