@@ -14,6 +14,17 @@ import (
 // configuration's directory if the lock file there did not have it.
 const pluginVersion = "1.18.33"
 
+// guard is loaded before OpenCode is. A repository's .opencode/plugin, and what its
+// opencode.json calls plugins, would be imported into OpenCode's own process: one of its two
+// loaders of configuration does not look at OPENCODE_DISABLE_PROJECT_CONFIG. OpenCode needs
+// no module but those within its program, so no other is loaded. What it starts is not
+// concerned, so the variable goes.
+const guard = `delete process.env.BUN_INSPECT_PRELOAD
+Bun.plugin({ name: "guard", setup(build) {
+  build.onLoad({ filter: /^(?!\/\$bunfs\/)/ }, (args) => { throw new Error("executord: not loaded: " + args.path) })
+} })
+`
+
 // script starts OpenCode. It leaves a note with the process's name and the password, for an
 // executord after this one: both are of use in this sandbox only, to whoever may read what
 // only root may. Then it makes OpenCode believe that its plugin is installed, so that it
@@ -22,7 +33,8 @@ const script = `( umask 077 && printf '%s\n%s\n' "$1" "$OPENCODE_SERVER_PASSWORD
 ( d="$HOME/.config/opencode" && [ ! -e "$d/node_modules" ] && mkdir -p "$d/node_modules" &&
   printf '{"dependencies":{"@opencode-ai/plugin":"%s"}}\n' "$3" > "$d/package.json" &&
   printf '{"name":"opencode","lockfileVersion":3,"requires":true,"packages":{"":{"dependencies":{"@opencode-ai/plugin":"%s"}}}}\n' "$3" > "$d/package-lock.json" ) 2>/dev/null
-shift 3
+printf '%s' "$4" > "$2.guard.js" || exit 1
+shift 4
 exec "$@"`
 
 // note is where the name and the password of the server that runs are.
@@ -32,6 +44,7 @@ func (s *Server) note() string { return s.cfg.Home + "/.opencode-server" }
 func (s *Server) process(id, password string) Process {
 	env := []string{
 		"HOME=" + s.cfg.Home,
+		"BUN_INSPECT_PRELOAD=" + s.note() + ".guard.js",
 		"OPENCODE_SERVER_PASSWORD=" + password,
 		"OPENCODE_DISABLE_MODELS_FETCH=1",
 		"OPENCODE_DISABLE_AUTOUPDATE=1",
@@ -52,7 +65,7 @@ func (s *Server) process(id, password string) Process {
 	return Process{
 		ID: id, Dir: s.cfg.Dir, Env: append(env, s.cfg.Env...),
 		Args: []string{
-			"/bin/sh", "-c", script, "sh", id, s.note(), pluginVersion,
+			"/bin/sh", "-c", script, "sh", id, s.note(), pluginVersion, guard,
 			s.cfg.Program, "serve", "--port", strconv.Itoa(int(s.cfg.Port)), "--hostname", "127.0.0.1", "--print-logs", "--log-level", "INFO",
 		},
 	}
