@@ -254,7 +254,11 @@ func testHostile(h *house) {
 	name := h.session(h.request(url)).GetName()
 	h.model.Script("trapped", testmodel.Say("I look. ", shell("ls -a; git status --short; cat README; env | grep -c BUN_ || echo no guard")),
 		testmodel.Say("I write. ", shell("echo changed > out; echo changed >> root"+outside+"; true")), testmodel.Say("Done."))
-	h.prompt(name, say("trapped")).completed()
+	f := h.prompt(name, say("trapped"))
+	f.completed()
+	if !strings.Contains(f.story(), "no guard") { // what keeps plugins off is OpenCode's own affair
+		t.Errorf("the guard is in the environment of tools:\n%s", f.story())
+	}
 	if got := h.run(name, "ls /tmp | grep owned || true"); got != "" {
 		t.Errorf("the repository ran something: %s", got)
 	}
