@@ -44,10 +44,7 @@ func newHouse(t *testing.T, flags ...string) *house {
 	t.Helper()
 	needRoot(t)
 	h := &house{t: t, git: testgit.New(t, testgit.Config{Token: gitSecret}), model: testmodel.Start(t)}
-	cache := os.Getenv("EXECUTORD_TEST_CACHE")
-	if cache == "" {
-		cache = "/var/cache/executord-test"
-	}
+	cache := cacheDir()
 	if _, err := os.Stat(filepath.Join(cache, "base/node_modules")); err != nil {
 		t.Fatalf("%v: run scripts/test-tools", err)
 	}
@@ -65,6 +62,14 @@ func newHouse(t *testing.T, flags ...string) *house {
 	}, flags...)...)
 	h.c = h.dial()
 	return h
+}
+
+// cacheDir is where scripts/test-tools puts what it installs.
+func cacheDir() string {
+	if dir := os.Getenv("EXECUTORD_TEST_CACHE"); dir != "" {
+		return dir
+	}
+	return "/var/cache/executord-test"
 }
 
 func hostOf(t *testing.T, url string) string {
@@ -113,7 +118,7 @@ func (h *house) session(r *executorv1.CreateSessionRequest) *executorv1.Session 
 // running waits until a session runs.
 func (h *house) running(name string) *executorv1.Session {
 	h.t.Helper()
-	s := h.get(name, 3*time.Minute)
+	s := h.get(name, 5*time.Minute)
 	if s.GetState() != executorv1.Session_STATE_RUNNING {
 		h.t.Fatalf("%s is %v: %v %s", name, s.GetState(), s.GetEndReason(), s.GetDetail())
 	}

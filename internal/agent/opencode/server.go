@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	// startTime is how long OpenCode may take to answer. It takes 1.2 s on an idle machine.
-	startTime = 90 * time.Second
+	// startTime is how long OpenCode may take to answer. It takes 1.2 s on an idle machine,
+	// and minutes where twenty start at a time on two processors.
+	startTime = 5 * time.Minute
 	// deafTime is how long it may run without being reached before it is ended.
 	deafTime = 60 * time.Second
 	// restartLimit is how often it may die within restartWindow.
