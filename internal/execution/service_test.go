@@ -881,6 +881,7 @@ func TestSessionIsTold(t *testing.T) {
 		r.restart()
 		r.wait(in)
 		r.wait(out)
+		synctest.Wait() // who waits is told of the end a moment before the session is
 		want := []string{"a " + in.ID, "a " + in.ID, "a " + in.ID + " EXITED"}
 		if diff := cmp.Diff(want, r.sessions.told); diff != "" {
 			t.Error(diff)

@@ -56,6 +56,7 @@ func TestWritesAreGathered(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Second)
+		synctest.Wait()
 		if got := bytes.Join(in.writes, nil); !bytes.Equal(got, all) || len(in.writes) != 2 {
 			t.Errorf("%d bytes of %d in %d calls, want 2 calls", len(got), len(all), len(in.writes))
 		}
