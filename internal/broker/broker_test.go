@@ -334,13 +334,13 @@ func TestCheckRoute(t *testing.T) {
 	if _, err := New(Config{Private: []egress.Rule{{Host: "a.example"}}}); err == nil {
 		t.Error("a name can be private")
 	}
-	for _, r := range append(GitHubAPI("s"), Git("github.com", "s", true, "o/r"), Git("github.com", "", true), Anthropic("s"), AnthropicOAuth("s"), OpenAI("openai", "https://api.openai.com/v1", "s")) {
+	for _, r := range append(GitHubAPI("s"), Git("github.com", "s", true, "o/r"), Git("github.com", "", true), Model("https://api.anthropic.com/v1/", "s", "X-Api-Key"), Model("https://api.openai.com/v1", "s", ""), Model("https://own.example/v1", "", "")) {
 		b, _ := New(Config{})
 		if _, err := b.table([]Route{r}, nil); err != nil {
 			t.Errorf("%s: %v", r.Name, err)
 		}
 	}
-	if got := URL(Anthropic("s")); got != "http://127.0.0.1:3129/anthropic" {
+	if got := URL(Model("https://a.example/v1", "s", "")); got != "http://127.0.0.1:3129/model" {
 		t.Error(got)
 	}
 }

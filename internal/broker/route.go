@@ -123,26 +123,22 @@ func GitHubAPI(secretName string) []Route {
 	return []Route{api, gh}
 }
 
-// Anthropic is the route to Anthropic's API, ANTHROPIC_BASE_URL.
-func Anthropic(secretName string) Route {
-	return Route{Name: "anthropic", Prefix: "/anthropic/", Upstream: "https://api.anthropic.com/", Secret: secretName, Scheme: Header, Header: "X-Api-Key"}
-}
-
-// AnthropicOAuth is Anthropic for an access token of OAuth instead of a key.
-func AnthropicOAuth(secretName string) Route {
-	return Route{
-		Name: "anthropic", Prefix: "/anthropic/", Upstream: "https://api.anthropic.com/", Secret: secretName, Scheme: Bearer,
-		Extra: map[string]string{"Anthropic-Beta": "oauth-2025-04-20"},
-	}
-}
-
-// OpenAI is the route to an endpoint that is compatible with OpenAI's, by its whole base
-// URL such as https://api.openai.com/v1/.
-func OpenAI(name, upstream, secretName string) Route {
+// Model is the route to the models of a provider, by its whole base URL such as
+// https://api.openai.com/v1/. The credential is shown in a header of its own, such as
+// X-Api-Key, or as a bearer token where that is ""; with no secret there is none.
+func Model(upstream, secretName, header string) Route {
 	if !strings.HasSuffix(upstream, "/") {
 		upstream += "/"
 	}
-	return Route{Name: name, Prefix: "/" + name + "/", Upstream: upstream, Secret: secretName, Scheme: Bearer}
+	r := Route{Name: "model", Prefix: "/model/", Upstream: upstream, Secret: secretName}
+	switch {
+	case secretName == "":
+	case header != "":
+		r.Scheme, r.Header = Header, header
+	default:
+		r.Scheme = Bearer
+	}
+	return r
 }
 
 // table is what a Gate passes on, ready to be asked.

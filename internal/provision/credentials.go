@@ -173,17 +173,12 @@ func (p *Provisioner) provider(m session.Model) (provider, error) {
 	return made, nil
 }
 
-// route is the way to a provider.
+// route is the way to a provider. A server of one's own may want no credential.
 func (p provider) route(b bag) broker.Route {
-	r := broker.Route{Name: "model", Prefix: "/model/", Upstream: p.upstream}
 	if !b.has(p.secret) {
-		return r // a server of one's own may want none
+		return broker.Model(p.upstream, "", "")
 	}
-	r.Secret, r.Scheme = p.secret, broker.Bearer
-	if p.header != "" {
-		r.Scheme, r.Header = broker.Header, p.header
-	}
-	return r
+	return broker.Model(p.upstream, p.secret, p.header)
 }
 
 // gitBrokers are the addresses in the sandbox that take the place of the hosts of

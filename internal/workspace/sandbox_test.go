@@ -148,8 +148,7 @@ func TestCredentialsStayOutside(t *testing.T) {
 	}
 	git := broker.Git("git.example", "github", true)
 	git.Upstream = server.URL + "/"
-	model := broker.Anthropic("model")
-	model.Upstream = api.URL + "/"
+	model := broker.Model(api.URL, "model", "X-Api-Key")
 	hub := broker.GitHubAPI("github")
 	hub[0].Upstream, hub[1].Upstream = api.URL+"/", api.URL+"/"
 	gate, err := gateway.Open(t.Context(), b.sandbox, append(hub, git, model), bag)
