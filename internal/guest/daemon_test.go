@@ -8,9 +8,11 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -30,6 +32,12 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	if signal.Ignored(syscall.SIGHUP) {
+		// As under nohup. The programs of these tests would ignore it, too; a guest by itself
+		// passes nothing on (see shrugOffSignals).
+		hangups := make(chan os.Signal, 1)
+		signal.Notify(hangups, syscall.SIGHUP)
+	}
 	switch role := os.Getenv(roleVariable); role {
 	case "":
 		goleak.VerifyTestMain(m)
