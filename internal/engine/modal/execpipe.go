@@ -78,16 +78,14 @@ func (e *execPipe) Close() error {
 
 // send sends what is written until the pipe is closed. It is a goroutine of its own.
 func (e *execPipe) send() {
-	for spare := []byte(nil); ; {
-		batch, ok := e.next(spare)
+	for {
+		// A batch is not used again: what reads it may be a call that is still being sent
+		// when its answer, or its end, has come.
+		batch, ok := e.next()
 		if !ok {
 			break
 		}
-		_, err := e.stdin.Write(batch)
-		if cap(batch) <= maxBatch {
-			spare = batch
-		}
-		if err != nil {
+		if _, err := e.stdin.Write(batch); err != nil {
 			e.mu.Lock()
 			e.err = err
 			e.news.Broadcast()
@@ -102,7 +100,7 @@ func (e *execPipe) send() {
 }
 
 // next waits for something to send; false at the end.
-func (e *execPipe) next(spare []byte) ([]byte, bool) {
+func (e *execPipe) next() ([]byte, bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for len(e.gathered) == 0 && !e.closed {
@@ -117,7 +115,7 @@ func (e *execPipe) next(spare []byte) ([]byte, bool) {
 		e.mu.Lock()
 	}
 	batch := e.gathered
-	e.gathered = spare[:0]
+	e.gathered = nil
 	e.news.Broadcast()
 	return batch, !e.closed
 }
